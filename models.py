@@ -1,0 +1,393 @@
+"""The networks of CycleGAN, and reading one back from any published checkpoint.
+
+Pictures are (N, C, H, W) tensors in [-1, 1]. Every network keeps its layers in `model`, numbered so
+that the parameter names are those of published checkpoints ("model.1.weight", ...).
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import UserError, load_tensors
+
+# ------------------------------------------------------------------------------------------------
+# Small parts
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module:
+    """instance (the paper's: no affine, no running statistics), batch, or none."""
+    if norm == "instance":
+        return nn.InstanceNorm2d(channels)
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+
+
+def init_weights(net: nn.Module, init_type: str = "normal", init_gain: float = 0.02) -> nn.Module:
+    """Draw all weights anew; normal with deviation 0.02 is the paper's (section 7.1)."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            if init_type == "normal":
+                nn.init.normal_(layer.weight, 0.0, init_gain)
+            elif init_type == "xavier":
+                nn.init.xavier_normal_(layer.weight, init_gain)
+            elif init_type == "kaiming":
+                nn.init.kaiming_normal_(layer.weight)
+            else:
+                nn.init.orthogonal_(layer.weight, init_gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, init_gain)
+            nn.init.zeros_(layer.bias)
+    return net
+
+
+# ------------------------------------------------------------------------------------------------
+# Generators
+
+
+class ResidualBlock(nn.Module):
+    """x + two padded 3x3 convolutions of x; no ReLU after the sum (paper section 7.2)."""
+
+    def __init__(self, channels: int, norm: str, dropout: bool, bias: bool):
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3, bias=bias),
+            norm_layer(norm, channels),
+            nn.ReLU(),
+            *([nn.Dropout(0.5)] if dropout else []),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3, bias=bias),
+            norm_layer(norm, channels),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv_block(x)  # (N, C, H, W)
+
+
+class Generator(nn.Module):
+    """The paper's ResNet generator (section 7.2, after Johnson et al. 2016).
+
+    (N, input_nc, H, W) in [-1, 1] -> (N, output_nc, H, W) in [-1, 1]; H and W multiples of 4.
+    c7s1-ngf, two stride-2 convolutions, residual blocks, two up-samplings, c7s1-output_nc, tanh.
+    """
+
+    multiple = 4  # H and W must be multiples of it
+
+    def __init__(
+        self,
+        input_nc: int = 3,
+        output_nc: int = 3,
+        ngf: int = 64,
+        n_residual_blocks: int = 9,
+        norm: str = "instance",
+        upsample: str = "deconv",
+        dropout: bool = False,
+    ):
+        super().__init__()
+        self.input_nc, self.output_nc = input_nc, output_nc
+        bias = norm == "instance"  # as published: also what tells "none" from "instance" in a file
+
+        def normed(layer: nn.Module) -> list[nn.Module]:
+            return [layer, norm_layer(norm, layer.out_channels), nn.ReLU()]
+
+        c = ngf
+        layers = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(input_nc, c, 7, bias=bias))]
+        for _ in range(2):
+            layers += normed(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1, bias=bias))
+            c *= 2
+        layers += [ResidualBlock(c, norm, dropout, bias) for _ in range(n_residual_blocks)]
+        for _ in range(2):
+            if upsample == "nearest":
+                layers += [nn.Upsample(scale_factor=2)]
+                layers += normed(nn.Conv2d(c, c // 2, 3, padding=1, bias=bias))
+            else:
+                up = nn.ConvTranspose2d(c, c // 2, 3, 2, padding=1, output_padding=1, bias=bias)
+                layers += normed(up)
+            c //= 2
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(c, output_nc, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.model[:-1]:
+            x = layer(x)  # (N, ngf, H, W) ... (N, 4 ngf, H/4, W/4) ... (N, output_nc, H, W)
+        return self.model[-1](x.float())  # a tanh in bf16 could not tell two neighbouring greys
+
+
+class UNetBlock(nn.Module):
+    """One level of a U-Net: down, the levels below, up; joined with its input by a skip."""
+
+    def __init__(
+        self,
+        outer: int,
+        inner: int,
+        below: nn.Module | None,
+        norm: str,
+        dropout: bool = False,
+        input_nc: int | None = None,
+    ):
+        super().__init__()
+        self.outermost = input_nc is not None
+        bias = norm == "instance"
+        down = nn.Conv2d(input_nc or outer, inner, 4, stride=2, padding=1, bias=bias)
+        width = inner if below is None else 2 * inner
+        up = nn.ConvTranspose2d(width, outer, 4, 2, padding=1, bias=bias or self.outermost)
+        if self.outermost:
+            layers = [down, below, nn.ReLU(), up, nn.Tanh()]
+        elif below is None:
+            layers = [nn.LeakyReLU(0.2), down, nn.ReLU(), up, norm_layer(norm, outer)]
+        else:
+            layers = [nn.LeakyReLU(0.2), down, norm_layer(norm, inner), below]
+            layers += [nn.ReLU(), up, norm_layer(norm, outer)]
+            layers += [nn.Dropout(0.5)] if dropout else []
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.outermost:
+            return torch.cat([x, self.model(x)], dim=1)  # (N, 2 outer, H, W)
+        for layer in self.model[:-1]:
+            x = layer(x)
+        return self.model[-1](x.float())  # (N, output_nc, H, W)
+
+
+class UNet(nn.Module):
+    """U-Net generator (Isola et al. 2017, section 6.1.1), H and W multiples of 2 ** num_downs."""
+
+    def __init__(
+        self,
+        input_nc: int = 3,
+        output_nc: int = 3,
+        ngf: int = 64,
+        num_downs: int = 8,
+        norm: str = "instance",
+        dropout: bool = False,
+    ):
+        super().__init__()
+        self.input_nc, self.output_nc, self.multiple = input_nc, output_nc, 2**num_downs
+        block = UNetBlock(8 * ngf, 8 * ngf, None, norm)
+        for _ in range(num_downs - 5):
+            block = UNetBlock(8 * ngf, 8 * ngf, block, norm, dropout)
+        for outer in (4 * ngf, 2 * ngf, ngf):
+            block = UNetBlock(outer, 2 * outer, block, norm)
+        self.model = UNetBlock(output_nc, ngf, block, norm, input_nc=input_nc)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+def make_generator(
+    netG: str, input_nc: int, output_nc: int, n_residual_blocks: int | None = None, **options
+) -> nn.Module:
+    """The generator that `--netG` names: resnet_9blocks, resnet_6blocks, unet_256 or unet_128."""
+    if netG.startswith("unet"):
+        options.pop("upsample", None)  # a U-Net's way up is part of its design
+        num_downs = 8 if netG == "unet_256" else 7
+        return UNet(input_nc, output_nc, num_downs=num_downs, **options)
+    blocks = n_residual_blocks or (6 if netG == "resnet_6blocks" else 9)
+    return Generator(input_nc, output_nc, n_residual_blocks=blocks, **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# Discriminators
+
+
+class Discriminator(nn.Module):
+    """Scores of overlapping patches, (N, input_nc, H, W) -> (N, 1, h, w), no sigmoid.
+
+    basic: the 70x70 PatchGAN of the paper (section 7.2), n_layers = 3: h = H/8 - 2.
+    n_layers: the same with more or fewer stride-2 layers, so larger or smaller patches.
+    pixel: 1x1 convolutions that judge each pixel alone, h = H.
+    strided: four stride-2 blocks and a padded 4x4 convolution, h = H/16.
+    """
+
+    def __init__(
+        self,
+        input_nc: int = 3,
+        ndf: int = 64,
+        netD: str = "basic",
+        n_layers_D: int = 3,
+        norm: str = "instance",
+    ):
+        super().__init__()
+        bias = norm == "instance"
+
+        def block(conv: nn.Conv2d) -> list[nn.Module]:
+            return [conv, norm_layer(norm, conv.out_channels), nn.LeakyReLU(0.2)]
+
+        if netD == "pixel":
+            layers = [nn.Conv2d(input_nc, ndf, 1), nn.LeakyReLU(0.2)]
+            layers += block(nn.Conv2d(ndf, 2 * ndf, 1, bias=bias)) + [nn.Conv2d(2 * ndf, 1, 1)]
+        else:
+            strides = {"basic": [2, 2, 1], "strided": [2, 2, 2]}.get(
+                netD, [2] * (n_layers_D - 1) + [1]
+            )
+            layers = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            c = ndf
+            for stride in strides:
+                wider = min(2 * c, 8 * ndf)
+                layers += block(nn.Conv2d(c, wider, 4, stride, padding=1, bias=bias))
+                c = wider
+            if netD == "strided":
+                layers += [nn.ZeroPad2d((1, 0, 1, 0))]
+            layers += [nn.Conv2d(c, 1, 4, padding=1)]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).float()  # (N, 1, h, w); the loss is always taken in float32
+
+
+# ------------------------------------------------------------------------------------------------
+# Published weights: everything about a generator is read off the names and shapes of its weights
+
+
+def load_generator(path: Path, device: torch.device | str = "cpu") -> "nn.Module | OnnxGenerator":
+    """Build the generator that a checkpoint file (or .onnx file) holds, in eval mode.
+
+    Understands the layouts named in `generator_from_state`. `net.input_nc` and `net.output_nc`
+    are its channels, `net.multiple` what height and width must be a multiple of.
+
+    Raises:
+        UserError: not a checkpoint, or no generator of a known layout.
+    """
+    if Path(path).suffix.lower() == ".onnx":
+        return OnnxGenerator(path)
+    try:
+        return generator_from_state(load_tensors(path)).eval().to(device)
+    except LayoutError as error:
+        raise UserError(f"{path} holds no generator that is known here: {error}") from error
+
+
+@torch.no_grad()
+def translate(
+    net: "nn.Module | OnnxGenerator", x: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Translate pictures of any size: (N, input_nc, H, W) in [-1, 1] -> (N, output_nc, H, W).
+
+    The picture is padded by reflection, right and below, to what the network can halve and the
+    result cropped back. `dtype` is the autocast precision, None for float32.
+    """
+    height, width = x.shape[2:]
+    x = x[:, :, mirrored(height, net.multiple, x.device)]
+    x = x[..., mirrored(width, net.multiple, x.device)]
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        return net(x)[..., :height, :width].float()
+
+
+def mirrored(length: int, multiple: int, device: torch.device) -> torch.Tensor:
+    """Indices that extend `length` to a multiple (8 at least) by going back and forth."""
+    total = max(8, -(-length // multiple) * multiple)
+    there_and_back = max(1, 2 * (length - 1))
+    i = torch.arange(total, device=device) % there_and_back
+    return torch.minimum(i, there_and_back - i)
+
+
+class LayoutError(Exception):
+    """Names or shapes of weights that belong to no known network."""
+
+
+def generator_from_state(content: dict) -> nn.Module:
+    """Build a generator from a state_dict of any known layout.
+
+    Known: ours and the reference repository's ResNet and U-Net (with or without dropout, whose
+    layer shifts `conv_block.5` to `.6`, and with the running statistics that InstanceNorm once
+    had), residual blocks named `block`, up-sampling by nearest neighbour or transposed
+    convolution, `module.` and `_orig_mod.` prefixes, and weights nested in another dict.
+
+    Raises:
+        LayoutError: names the first weights that did not fit.
+    """
+    state = clean_state(content)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    vectors = [name for name, shape in shapes.items() if len(shape) == 1]
+    biased = any(f"model.{name}.bias" in shapes for name in ("1", "model.0"))
+    affine = any(name.endswith(".weight") for name in vectors)
+    norm = "instance" if biased else "batch" if affine else "none"
+    if norm == "instance":  # before PyTorch 0.4 it kept running statistics, which were never used
+        unused = ("running_mean", "running_var", "num_batches_tracked")
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(unused)}
+    if "model.model.0.weight" in shapes:
+        net = read_unet(shapes, norm)
+    elif len(shapes.get("model.1.weight", ())) == 4:
+        net = read_resnet(shapes, norm)
+    else:
+        raise LayoutError("its first weights are " + (", ".join(list(state)[:3]) or "missing"))
+    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    wrong = [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]
+    if wrong:
+        told = (f"{n} {shapes.get(n, 'missing')} for {expected.get(n, 'nothing')}" for n in wrong)
+        raise LayoutError("these did not fit: " + ", ".join(list(told)[:3]))
+    net.load_state_dict({name: state[name] for name in expected})
+    return net
+
+
+def clean_state(content: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint under their plain names."""
+    for key in ("state_dict", "model", "params_ema", "netG"):
+        if isinstance(content.get(key), dict):
+            return clean_state(content[key])
+    state = {}
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor) and isinstance(name, str):
+            name = re.sub(r"^((module|_orig_mod|netG)\.)+", "", name)
+            state[re.sub(r"^(model\.\d+)\.block\.", r"\1.conv_block.", name)] = value
+    return state
+
+
+def read_resnet(shapes: dict[str, tuple], norm: str) -> Generator:
+    convs = {
+        int(name.split(".")[1]): shape
+        for name, shape in shapes.items()
+        if re.fullmatch(r"model\.\d+\.weight", name) and len(shape) == 4
+    }
+    blocks = {name.split(".")[1] for name in shapes if ".conv_block." in name}
+    ngf, input_nc = convs[1][:2]
+    first_up = 10 + len(blocks)  # a convolution there, or an Upsample with the convolution after it
+    return Generator(
+        input_nc,
+        output_nc=convs[max(convs)][0],
+        ngf=ngf,
+        n_residual_blocks=len(blocks),
+        norm=norm,
+        upsample="deconv" if first_up in convs else "nearest",
+        dropout=len(shapes.get("model.10.conv_block.6.weight", ())) == 4,
+    )
+
+
+def read_unet(shapes: dict[str, tuple], norm: str) -> UNet:
+    ngf, input_nc = shapes["model.model.0.weight"][:2]
+    depth = max(name.count("model.") for name in shapes)
+    if "model.model.3.weight" not in shapes or depth < 6:
+        raise LayoutError("it begins like a U-Net but its levels are missing")
+    return UNet(
+        input_nc,
+        output_nc=shapes["model.model.3.weight"][1],
+        ngf=ngf,
+        num_downs=depth - 1,
+        norm=norm,
+    )
+
+
+class OnnxGenerator:
+    """A generator exported by export.py, run by onnxruntime; called like the networks above."""
+
+    def __init__(self, path: Path):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from None
+        try:
+            self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise UserError(f"{path} is not an ONNX file that onnxruntime can run") from error
+        self.input = self.session.get_inputs()[0]
+        self.input_nc = self.input.shape[1]
+        self.output_nc = self.session.get_outputs()[0].shape[1]
+        self.multiple = int(self.session.get_modelmeta().custom_metadata_map.get("multiple", 4))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        half = self.input.type == "tensor(float16)"
+        pixels = x.cpu().numpy().astype("float16" if half else "float32")
+        (result,) = self.session.run(None, {self.input.name: pixels})
+        return torch.from_numpy(result).float()  # (N, output_nc, H, W)

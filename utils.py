@@ -1,0 +1,432 @@
+"""What the scripts share: errors, safe files, device and precision, the image buffer, the log."""
+
+import argparse
+import contextlib
+import csv
+import errno
+import json
+import math
+import os
+import pickle
+import random
+import sys
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+
+# ------------------------------------------------------------------------------------------------
+# Errors and exit codes
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback."""
+
+
+def run(main: Callable, args: argparse.Namespace) -> None:
+    """Run a script's `main(args)` and exit with its code; a UserError is one line and code 2."""
+    try:
+        sys.exit(main(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn the device's out-of-memory error into a UserError that says what would need less."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"the GPU is out of memory: {advice}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how the CPU allocator puts it
+            raise
+        raise UserError(f"the machine is out of memory: {advice}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def add_workdir(parser: argparse._ActionsContainer) -> None:
+    """Add the `--workdir` option that every script has."""
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where dataset/, models/, images/, logs/, outputs/ and result/ are (default: .)",
+    )
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder and its parents; UserError where that is not allowed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the folder {path} ({error.strerror}): choose another --workdir"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes `path` only when it is complete and on disk.
+
+    The bytes go to a temporary name in the same folder, are flushed and fsynced, then renamed: a
+    reader, or a power cut, sees the old file or the new one and never half of one.
+
+    Raises:
+        UserError: disk full, folder missing or not writable.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not disk_is_full(path.parent):
+            raise  # torch.save reports a full disk as a RuntimeError, and other things too
+        reason = "the disk is full" if is_disk_full(error, path.parent) else str(error)
+        raise UserError(
+            f"cannot write {path} ({reason}): free some space or make the folder writable; "
+            "what was saved before is untouched"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return disk_is_full(folder)
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether not even one more megabyte can be written there (statvfs does not know quotas)."""
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with open(probe, "xb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log; a torn last line, should the power fail, is dropped by `trim_log`."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): free some space") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut; not every system can open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Delete what a killed run left half-written."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save` through `atomic_write`."""
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def save_json(path: Path, content: dict) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with atomic_write(path) as file:
+        picture.save(file, "png")
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
+    """`torch.load(weights_only=True)`: no code in the file is ever run.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, a web page, no checkpoint at all, or a
+            pickle that asks for code to be run; each with its own sentence.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            file.seek(0)
+            if not head:
+                raise UserError(f"{path} is empty: the copy or download of it never finished")
+            if head.lstrip()[:1] == b"<":
+                raise UserError(
+                    f"{path} is a web page, not a checkpoint: download it again from a direct link"
+                )
+            content = torch.load(file, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: train first, or name another") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+            raise UserError(
+                f"{path} is refused: it holds more than tensors (a pickle that could run code "
+                "when loaded); save it again as a plain state_dict"
+            ) from error
+        raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if head.startswith(b"PK"):
+            raise UserError(f"{path} is truncated or damaged: copy or download it again") from error
+        raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state_dict")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------
+# Device, precision, processes
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that choose where and how precisely to compute."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--cuda", action="store_true", help="insist on a CUDA GPU")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
+    group.add_argument(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help="mixed precision: auto = bf16 where the hardware has it, else fp16 on a GPU, else off",
+    )
+    return group
+
+
+def pick_device(name: str | None, cuda: bool) -> torch.device:
+    """The device asked for, or the best at hand; under torchrun each rank gets its own GPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if cuda or torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown --device {name}: use cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "CUDA was asked for, but PyTorch sees no CUDA GPU: check the driver (nvidia-smi) "
+                "and that this PyTorch has CUDA, or leave out --cuda to use the CPU"
+            )
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps was asked for, but this machine has none: use --device cpu")
+    return device
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype for autocast, or None for float32 throughout."""
+    if amp == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+            return torch.bfloat16 if native else torch.float16
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Join the process group if torchrun started us; returns (rank, world size)."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if (
+            device.type == "cuda"
+        ):  # gloo besides NCCL: the stop flag and buffers travel as CPU tensors
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training parts
+
+
+class ReplayBuffer:
+    """History of generated pictures (paper section 4; Shrivastava et al. 2017).
+
+    The first `size` pictures are stored and returned. From then on each picture is, with
+    probability 1/2, stored in place of a random old one, which is returned instead; otherwise it is
+    returned and not stored. Choices are made on the host, so a GPU is never waited for.
+    """
+
+    def __init__(self, size: int = 50, seed: int = 0):
+        self.size = size
+        self.random = random.Random(seed)
+        self.images: list[torch.Tensor] = []
+
+    def query(self, images: torch.Tensor) -> torch.Tensor:
+        """Take new fakes (N, C, H, W), give as many, some of them old ones; gradients are cut."""
+        if self.size == 0:
+            return images.detach()
+        chosen = []
+        for image in images.detach():
+            if len(self.images) < self.size:
+                self.images.append(image.clone())
+            elif self.random.random() < 0.5:
+                i = self.random.randrange(self.size)
+                image, self.images[i] = self.images[i], image.clone()
+            chosen.append(image)
+        return torch.stack(chosen)
+
+    def state_dict(self) -> dict:
+        return {"images": self.images, "random": self.random.getstate()}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.images = [image.to(device) for image in state["images"][: self.size]]
+        self.random.setstate(state["random"])
+
+
+def lr_factor(policy: str, epoch: int, n_epochs: int, decay_epoch: int) -> float:
+    """What the learning rate is multiplied with in `epoch` (from 0).
+
+    linear is the paper's (section 4): constant until `decay_epoch`, then straight towards 0.
+    step divides by ten every `decay_epoch` epochs, cosine is half a wave, constant is 1.
+    """
+    if policy == "linear":
+        return 1 - max(0, epoch - decay_epoch) / (n_epochs - decay_epoch)
+    if policy == "step":
+        return 0.1 ** (epoch // max(1, decay_epoch))
+    if policy == "cosine":
+        return (1 + math.cos(math.pi * epoch / n_epochs)) / 2
+    return 1.0
+
+
+# ------------------------------------------------------------------------------------------------
+# The log and its plot
+
+
+def trim_log(path: Path, iteration: int) -> None:
+    """Drop the rows of a CSV log past `iteration`: a resumed run will write them again."""
+    if not path.exists():
+        return
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    kept = [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[1]) <= iteration]
+    with atomic_write(path) as file:
+        file.write("".join(",".join(row) + "\n" for row in rows[:1] + kept).encode())
+
+
+def read_log(path: Path) -> dict[str, list[float]]:
+    """The columns of a CSV log."""
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    return {
+        name: [float(row[i]) for row in rows[1:] if len(row) == len(rows[0])]
+        for i, name in enumerate(rows[0])
+    }
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
+
+
+def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
+    """Draw columns of a CSV log over the iterations, with Pillow alone (no plotting library).
+
+    The faint line is the logged value, the strong one its running mean over a 50th of the run.
+    """
+    columns = read_log(log)
+    steps = columns["iteration"]
+    if len(steps) < 2:
+        return
+    scale = 2  # drawn twice as large and shrunk: Pillow's lines are not antialiased
+    width, height, left, right, top, bottom = 900, 420, 56, 130, 34, 44
+    picture = Image.new("RGB", (width * scale, height * scale), "white")
+    draw = ImageDraw.Draw(picture)
+
+    def text(x, y, words, fill="#333333", anchor="la", size=13):
+        draw.text((x * scale, y * scale), words, fill, anchor=anchor, font_size=size * scale)
+
+    values = sorted(value for name in names for value in columns[name])
+    peak = values[int(0.995 * len(values))] * 1.1  # one spike shall not flatten the rest
+    unit = 10 ** math.floor(math.log10(max(peak, 1e-9)))
+    tick = next(unit * f for f in (0.1, 0.2, 0.5, 1, 2) if peak / (unit * f) <= 8)
+    span = max(steps[-1] - steps[0], 1)
+
+    def place(step, value):
+        x = left + (width - left - right) * (step - steps[0]) / span
+        y = height - bottom - (height - top - bottom) * min(value, peak) / peak
+        return x * scale, y * scale
+
+    for i in range(int(peak / tick) + 1):
+        (x0, y), (x1, _) = place(steps[0], i * tick), place(steps[-1], i * tick)
+        draw.line((x0, y, x1, y), "#e6e6e6", scale)
+        text(left - 6, y / scale, f"{i * tick:.4g}", anchor="rm")
+    for i in range(6):
+        step = steps[0] + span * i / 5
+        text(place(step, 0)[0] / scale, height - bottom + 8, f"{step:.0f}", anchor="ma")
+    text((left + width - right) / 2, height - 18, "iteration", anchor="ma")
+    text(left, 10, "losses")
+    window = max(1, len(steps) // 50)
+    for number, name in enumerate(names):
+        values, colour = columns[name], COLOURS[number % len(COLOURS)]
+        mean, total = [], 0.0
+        for i, value in enumerate(values):
+            total += value - (values[i - window] if i >= window else 0)
+            mean.append(total / min(i + 1, window))
+        faint = Image.blend(
+            Image.new("RGB", (1, 1), colour), Image.new("RGB", (1, 1), "white"), 0.7
+        )
+        draw.line(
+            [place(*p) for p in zip(steps, values, strict=True)], faint.getpixel((0, 0)), scale
+        )
+        draw.line([place(*p) for p in zip(steps, mean, strict=True)], colour, 2 * scale)
+        text(width - right + 12, top + 20 * number, f"{name} {mean[-1]:.3f}", colour)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    save_picture(path, picture)
