@@ -113,7 +113,8 @@ class Generator(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.model[:-1]:
             x = layer(x)  # (N, ngf, H, W) ... (N, 4 ngf, H/4, W/4) ... (N, output_nc, H, W)
-        return self.model[-1](x.float())  # a tanh in bf16 could not tell two neighbouring greys
+        # under autocast x is bf16, in which tanh could not tell two neighbouring greys
+        return self.model[-1](x.to(self.model[1].weight.dtype))
 
 
 class UNetBlock(nn.Module):
@@ -149,7 +150,7 @@ class UNetBlock(nn.Module):
             return torch.cat([x, self.model(x)], dim=1)  # (N, 2 outer, H, W)
         for layer in self.model[:-1]:
             x = layer(x)
-        return self.model[-1](x.float())  # (N, output_nc, H, W)
+        return self.model[-1](x.to(self.model[0].weight.dtype))  # (N, output_nc, H, W)
 
 
 class UNet(nn.Module):
@@ -218,7 +219,8 @@ class Discriminator(nn.Module):
 
         if netD == "pixel":
             layers = [nn.Conv2d(input_nc, ndf, 1), nn.LeakyReLU(0.2)]
-            layers += block(nn.Conv2d(ndf, 2 * ndf, 1, bias=bias)) + [nn.Conv2d(2 * ndf, 1, 1)]
+            layers += block(nn.Conv2d(ndf, 2 * ndf, 1, bias=bias))
+            layers += [nn.Conv2d(2 * ndf, 1, 1, bias=bias)]
         else:
             strides = {"basic": [2, 2, 1], "strided": [2, 2, 2]}.get(
                 netD, [2] * (n_layers_D - 1) + [1]
@@ -235,7 +237,8 @@ class Discriminator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x).float()  # (N, 1, h, w); the loss is always taken in float32
+        # (N, 1, h, w) in the precision of the weights: losses are not for bf16
+        return self.model(x).to(self.model[0].weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,17 +359,14 @@ def read_resnet(shapes: dict[str, tuple], norm: str) -> Generator:
 
 
 def read_unet(shapes: dict[str, tuple], norm: str) -> UNet:
-    ngf, input_nc = shapes["model.model.0.weight"][:2]
-    depth = max(name.count("model.") for name in shapes)
-    if "model.model.3.weight" not in shapes or depth < 6:
-        raise LayoutError("it begins like a U-Net but its levels are missing")
-    return UNet(
-        input_nc,
-        output_nc=shapes["model.model.3.weight"][1],
-        ngf=ngf,
-        num_downs=depth - 1,
-        norm=norm,
-    )
+    first, last = (shapes.get(f"model.model.{i}.weight", ()) for i in (0, 3))
+    num_downs = max(name.count("model.") for name in shapes) - 1
+    if len(first) != 4 or len(last) != 4 or not 5 <= num_downs <= 10:
+        raise LayoutError(
+            "it begins like a U-Net, but its outermost weights are "
+            f"model.model.0.weight {first}, model.model.3.weight {last}, its levels {num_downs}"
+        )
+    return UNet(first[1], output_nc=last[1], ngf=first[0], num_downs=num_downs, norm=norm)
 
 
 class OnnxGenerator:
@@ -377,17 +377,18 @@ class OnnxGenerator:
             import onnxruntime
         except ImportError:
             raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from None
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path}: python export.py writes one")
         try:
             self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no public base class
             raise UserError(f"{path} is not an ONNX file that onnxruntime can run") from error
-        self.input = self.session.get_inputs()[0]
-        self.input_nc = self.input.shape[1]
-        self.output_nc = self.session.get_outputs()[0].shape[1]
+        shapes = [v.shape for v in self.session.get_inputs() + self.session.get_outputs()]
+        if len(shapes) != 2 or any(len(s) != 4 or not isinstance(s[1], int) for s in shapes):
+            raise UserError(f"{path} does not turn pictures into pictures: export.py's files do")
+        self.input_nc, self.output_nc = shapes[0][1], shapes[1][1]
         self.multiple = int(self.session.get_modelmeta().custom_metadata_map.get("multiple", 4))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.input.type == "tensor(float16)"
-        pixels = x.cpu().numpy().astype("float16" if half else "float32")
-        (result,) = self.session.run(None, {self.input.name: pixels})
-        return torch.from_numpy(result).float()  # (N, output_nc, H, W)
+        (result,) = self.session.run(None, {self.session.get_inputs()[0].name: x.cpu().numpy()})
+        return torch.from_numpy(result)  # (N, output_nc, H, W)

@@ -448,16 +448,18 @@ def save_samples(model: CycleGAN, real_A: torch.Tensor, real_B: torch.Tensor, pa
         for net in nets.values():
             net.train(training)
     titles = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
-    n, _, height, width = real_A.shape
-    gap, top = 4, 18
-    size = (6 * (width + gap) + gap, max(map(len, columns)) * (height + gap) + top)
-    grid = Image.new("RGB", size, "white")
+    zoom, gap, top = -(-128 // real_A.shape[-1]), 4, 20  # small pictures are shown larger
+    cell = zoom * real_A.shape[-1]
+    rows = max(len(real_A), len(real_B))
+    grid = Image.new("RGB", (6 * (cell + gap) + gap, rows * (cell + gap) + top), "white")
     draw = ImageDraw.Draw(grid)
     for i, (title, column) in enumerate(zip(titles, columns, strict=True)):
-        x = gap + i * (width + gap)
-        draw.text((x + width / 2, top / 2), title, "#333333", anchor="mm", font_size=11)
+        x = gap + i * (cell + gap)
+        draw.text((x + cell / 2, top / 2), title, "#333333", anchor="mm", font_size=12)
         for j, picture in enumerate(column):
-            grid.paste(datasets.to_rgb(datasets.to_array(picture)), (x, top + j * (height + gap)))
+            picture = datasets.to_rgb(datasets.to_array(picture))
+            picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            grid.paste(picture, (x, top + j * (cell + gap)))
     utils.save_picture(path, grid)
 
 

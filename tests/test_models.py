@@ -1,0 +1,97 @@
+"""Shapes, counts, names and first weights of the networks."""
+
+import pytest
+import torch
+
+from models import Discriminator, Generator, UNet, init_weights, make_generator, translate
+
+
+def count(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_generator_is_the_papers():
+    net = Generator()
+    assert count(net) == 11_378_179
+    convs = [1, 4, 7, *[f"{i}.conv_block.{j}" for i in range(10, 19) for j in (1, 5)], 19, 22, 26]
+    names = [f"model.{layer}.{part}" for layer in convs for part in ("weight", "bias")]
+    assert list(net.state_dict()) == names
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert shapes["model.1.weight"] == (64, 3, 7, 7)
+    assert shapes["model.7.weight"] == (256, 128, 3, 3)
+    assert shapes["model.19.weight"] == (256, 128, 3, 3)  # transposed: in, out
+    assert shapes["model.26.weight"] == (3, 64, 7, 7)
+    assert not any(layer.affine for layer in net.modules() if "InstanceNorm" in str(type(layer)))
+
+
+def test_discriminator_is_the_papers():
+    net = Discriminator()
+    assert count(net) == 2_764_737
+    layers = (0, 2, 5, 8, 11)
+    assert list(net.state_dict()) == [f"model.{i}.{p}" for i in layers for p in ("weight", "bias")]
+    assert [net.model[i].stride[0] for i in layers] == [2, 2, 2, 1, 1]
+    with torch.no_grad():
+        assert net(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+
+
+def test_patch_is_70_pixels_wide():
+    net = Discriminator(ndf=2, norm="none")
+    x = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    init_weights(net, init_gain=1.0)
+    net(x)[0, 0, 15, 15].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+
+
+@pytest.mark.parametrize(
+    ("netD", "n_layers_D", "height"),
+    [("basic", 3, 6), ("n_layers", 2, 14), ("n_layers", 4, 2), ("pixel", 3, 64), ("strided", 3, 4)],
+)
+def test_discriminator_maps(netD, n_layers_D, height):
+    net = Discriminator(1, 4, netD, n_layers_D)
+    assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 1, height, height)
+
+
+def test_generator_range_and_residual():
+    torch.manual_seed(0)
+    net = Generator(ngf=4, n_residual_blocks=2)
+    x = torch.rand(2, 3, 32, 48) * 2 - 1
+    y = net(x)
+    assert y.shape == x.shape and y.abs().max() <= 1
+    block = net.model[10]
+    h = torch.randn(1, 16, 8, 8)
+    assert torch.equal(block(h), h + block.conv_block(h))  # no ReLU after the sum
+    assert (block(h) < 0).any()
+
+
+def test_first_weights():
+    torch.manual_seed(0)
+    net = init_weights(Generator())
+    weights = torch.cat([p.flatten() for n, p in net.named_parameters() if n.endswith("weight")])
+    assert abs(weights.mean()) < 1e-4 and abs(weights.std() - 0.02) < 1e-4
+    assert all((p == 0).all() for n, p in net.named_parameters() if n.endswith("bias"))
+
+
+def test_unet_halves_eight_times():
+    net = make_generator("unet_256", 3, 1, ngf=2, norm="instance", dropout=False)
+    assert isinstance(net, UNet) and net.multiple == 256
+    assert net(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 256, 256)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 47), (5, 3), (1, 1)])
+def test_translate_any_size(size):
+    torch.manual_seed(0)
+    net = Generator(ngf=4, n_residual_blocks=1)
+    x = torch.rand(1, 3, *size)
+    y = translate(net, x)
+    assert y.shape == x.shape and torch.isfinite(y).all()
+    if size == (61, 47):  # padded by reflection, right and below, and cropped back
+        padded = torch.nn.functional.pad(x, (0, 1, 0, 3), mode="reflect")
+        assert torch.allclose(y, net(padded)[..., :61, :47], atol=1e-6)
+
+
+def test_bf16_output_is_float32():
+    net = Generator(ngf=4, n_residual_blocks=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+        assert Discriminator(ndf=4)(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
