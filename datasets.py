@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from utils import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".npy")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # whatever the name says
 LONGEST_NAME = 255  # bytes; what common file systems allow
 
 # ------------------------------------------------------------------------------------------------
@@ -28,16 +30,23 @@ LONGEST_NAME = 255  # bytes; what common file systems allow
 
 
 def list_images(folder: Path) -> list[str]:
-    """Names of all pictures below `folder`, relative, with "/", sorted; nothing is opened."""
+    """Names of all pictures below `folder`, relative, with "/", sorted; nothing is opened.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
     names, waiting = [], [""]
-    while waiting:
-        prefix = waiting.pop()
-        with os.scandir(folder / prefix) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(EXTENSIONS):
-                    names.append(prefix + entry.name)  # a folder x.jpg too: reported when read
-                elif entry.is_dir() and not entry.name.startswith("."):
-                    waiting.append(f"{prefix}{entry.name}/")
+    try:
+        while waiting:
+            prefix = waiting.pop()
+            with os.scandir(folder / prefix) as entries:
+                for entry in entries:
+                    if entry.name.lower().endswith(EXTENSIONS):
+                        names.append(prefix + entry.name)  # a folder x.jpg too: told when read
+                    elif entry.is_dir() and not entry.name.startswith("."):
+                        waiting.append(f"{prefix}{entry.name}/")
+    except OSError as error:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     names.sort()
     return names
 
@@ -50,11 +59,8 @@ def find_split(dataroot: Path, split: str) -> Path:
     """
     for folder in (dataroot / split, dataroot / split[:-1] / split[-1]):
         if folder.is_dir():
-            try:
-                if list_images(folder):
-                    return folder
-            except OSError as error:
-                raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+            if list_images(folder):
+                return folder
             raise UserError(
                 f"{folder} holds no picture: put some there ({', '.join(EXTENSIONS)}), or name "
                 "another --dataroot"
@@ -118,7 +124,7 @@ def load_image(path: Path, channels: int = 3) -> np.ndarray:
         if str(path).lower().endswith(".npy"):
             picture = np.load(path, allow_pickle=False, mmap_mode="r")
             return check_array(picture, channels)
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:  # others, as EPS, start programs
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over Pillow's size limit")
             return convert(ImageOps.exif_transpose(image), channels)
@@ -135,7 +141,10 @@ def check_array(picture: np.ndarray, channels: int) -> np.ndarray:
         raise ValueError(f"its shape {picture.shape} is over Pillow's size limit")
     if picture.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"it holds {picture.dtype}, not uint8 or uint16")
-    return np.array(picture, picture.dtype.newbyteorder("="))
+    picture = np.array(picture, picture.dtype.newbyteorder("="))
+    if picture.dtype == np.uint16 and channels in (3, 4):  # as from any other file of colours
+        return (picture >> 8).astype(np.uint8)
+    return picture
 
 
 def convert(image: Image.Image, channels: int) -> np.ndarray:
@@ -143,8 +152,10 @@ def convert(image: Image.Image, channels: int) -> np.ndarray:
         grey = np.asarray(image).astype(np.float32)
         if image.mode == "F":
             grey = grey * 65535 if np.nanmax(grey) <= 1 else grey * 257  # 0..1, or 0..255
-        grey = np.clip(np.nan_to_num(grey), 0, 65535).astype(np.uint16)[..., None]  # (H, W, 1)
-        return grey if channels == 1 else np.repeat((grey >> 8).astype(np.uint8), channels, axis=2)
+        grey = np.clip(np.nan_to_num(grey), 0, 65535).astype(np.uint16)  # (H, W)
+        if channels == 1:
+            return grey[..., None]
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if channels == 4:
         return np.array(image.convert("RGBA"))
     if image.has_transparency_data:
@@ -184,7 +195,8 @@ def target_size(
         return load_size, max(size, round(height * load_size / width))
     if preprocess == "scale_width":
         width, height = load_size, height * load_size / width
-    return max(4, round(width / 4) * 4), max(4, round(height / 4) * 4)  # what generators can halve
+    # what generators can halve, and discriminators too until four patches are left
+    return max(32, round(width / 4) * 4), max(32, round(height / 4) * 4)
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -218,13 +230,24 @@ def to_rgb(picture: np.ndarray) -> Image.Image:
 # The training set
 
 
-def report_skipped(log: Path, path: Path, reason: str) -> None:
-    """Name an unreadable picture once: a line on the screen and one in `logs/skipped.txt`."""
-    line = f"{path}: {reason}\n"
-    known = log.read_text(errors="surrogateescape") if log.exists() else ""
-    if f"{path}: " not in known:  # another worker, or the run before, may have told it
-        with open(log, "a", errors="surrogateescape") as file:
-            file.write(line)
+class SkipLog:
+    """Names an unreadable picture once: a line on the screen and one in `logs/skipped.txt`."""
+
+    def __init__(self, path: Path):
+        self.path, self.told, self.place = path, set(), 0
+
+    def report(self, picture: Path, reason: str) -> None:
+        line = f"{picture}: {reason}".replace("\n", " ") + "\n"
+        try:
+            with open(self.path, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(self.place)
+                self.told.update(file.readlines())  # what other workers, or the run before, told
+                self.place = file.tell()
+                if line in self.told:
+                    return
+                file.write(line)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror})") from error
         message = f"\nskipped {line}".encode(errors="replace").decode()
         print(message, end="", file=sys.stderr)
 
@@ -241,7 +264,7 @@ class Domain:
     def __init__(self, dataroot: Path, split: str, channels: int, options, skip_log: Path):
         self.folder = find_split(dataroot, split)
         self.names = list_images(self.folder)
-        self.channels, self.skip_log = channels, skip_log
+        self.channels, self.skip_log = channels, SkipLog(skip_log)
         self.preprocess, self.load_size = options.preprocess, options.load_size
         self.size = options.size
         self.cached: list[np.ndarray | None] = []
@@ -256,7 +279,8 @@ class Domain:
             if picture is not None:
                 return picture  # (h, w, C)
         raise UserError(
-            f"not one of the {len(self)} pictures in {self.folder} can be read: see {self.skip_log}"
+            f"not one of the {len(self)} pictures in {self.folder} can be read: see "
+            f"{self.skip_log.path}"
         )
 
     def read(self, i: int) -> np.ndarray | None:
@@ -264,7 +288,7 @@ class Domain:
         try:
             picture = load_image(path, self.channels)
         except UnreadableImage as error:
-            report_skipped(self.skip_log, path, str(error))
+            self.skip_log.report(path, str(error))
             return None
         height, width = picture.shape[:2]
         return resize(
@@ -373,18 +397,28 @@ class RunSampler:
 def make_loader(
     dataset: UnpairedImages, sampler: RunSampler, workers: int, pin: bool
 ) -> DataLoader:
-    """Batches in background processes; from the cache they come at once and need none."""
+    """Batches in background processes; from the cache they come at once and need none.
+
+    It draws from a generator of its own, so that a resumed run finds PyTorch's as it was.
+    """
     workers = 0 if dataset.A.cached else workers
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=stay_for_a_while,
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
     )
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the main one alone decides what it means."""
+def stay_for_a_while(worker: int) -> None:
+    """Ctrl-C or SIGTERM may reach all processes: the main one decides, and may need data till then.
+
+    Half a minute after SIGTERM a worker goes by itself, should the main process not end it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave = threading.Timer(30, os._exit, (0,))
+    leave.daemon = True
+    signal.signal(signal.SIGTERM, lambda *_: leave.is_alive() or leave.start())

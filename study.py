@@ -1,10 +1,10 @@
 """Train recipes x seeds unattended and write one table of what each is worth: `result/study.md`.
 
-    python study.py --base "--demo" --recipe classic="--ema 0 --id_every 1" --recipe default="" --seeds 5
+    python study.py --recipe classic="--ema 0 --id_every 1" --recipe default="" --seeds 5
 
-Stopped at any point and started again, it goes on where it was: finished runs are kept, a broken-off
-one is resumed. The error of a run is that of its test split, where the truth is known (the same names
-in testA and testB); both the last weights and their moving average are judged.
+Stopped at any point and started again, it goes on where it was: finished runs are kept, a
+broken-off one is resumed. The error of a run is that of its test split, where the truth is known
+(the same names in testA and testB); both the last weights and their moving average are judged.
 """
 
 import argparse

@@ -6,7 +6,9 @@ python test.py --weights horse2zebra.pth --input photos/     published weights
 """
 
 import argparse
+import contextlib
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +88,8 @@ def translate_group(net, group: list[tuple[int, np.ndarray]], device, dtype) -> 
     if device.type == "cuda":
         x = x.contiguous(memory_format=torch.channels_last)
     for (i, picture), y in zip(group, translate(net, x, dtype).cpu(), strict=True):
-        yield i, picture, datasets.to_array(y, picture.dtype if len(y) == 1 else np.uint8)
+        deep = len(y) not in (3, 4)  # colours are saved with 8 bits, all else as it came
+        yield i, picture, datasets.to_array(y, picture.dtype if deep else np.uint8)
 
 
 def save_array(path: Path, picture: np.ndarray) -> None:
@@ -127,20 +130,29 @@ class Error:
         )
         self.sums += abs(made - wanted).sum(), abs(had - wanted).sum(), wanted.size
 
+    def add_file(self, source: np.ndarray, translation: np.ndarray, path: Path) -> None:
+        """The same with the truth's file; if it is damaged, its own translation will tell."""
+        with contextlib.suppress(datasets.UnreadableImage):
+            truth = datasets.load_image(path)
+            self.add(source, translation, datasets.resize(truth, translation.shape[1::-1]))
+
     def figures(self) -> tuple[float, float]:
         """The error of the translations, and of doing nothing; nan where nothing differs."""
-        made, had, n = self.sums
+        made, had, n = self.sums.tolist()
         return (made / n, had / n) if n else (float("nan"), float("nan"))
 
 
 def match_names(sources: list[str], truths: list[str]) -> dict[int, str]:
-    """Which truth belongs to which source: the same name, whatever the ending."""
-    stems = {name.rpartition(".")[0]: name for name in truths}
-    return {
-        i: stems[name.rpartition(".")[0]]
-        for i, name in enumerate(sources)
-        if name.rpartition(".")[0] in stems
-    }
+    """Which truth belongs to which source: the same name, but for the ending and a last _A or _B.
+
+    (The maps and facades sets call a pair `1_A.jpg` and `1_B.jpg`.)
+    """
+
+    def key(name: str) -> str:
+        return re.sub("_[AB]$", "", name.rpartition(".")[0])
+
+    known = {key(name): name for name in truths}
+    return {i: known[key(name)] for i, name in enumerate(sources) if key(name) in known}
 
 
 def measure(args, nets: dict, device: torch.device, dtype) -> tuple[dict[str, float], float]:
@@ -167,8 +179,7 @@ def measure(args, nets: dict, device: torch.device, dtype) -> tuple[dict[str, fl
             rec = translate(nets[back], datasets.to_tensor(fake)[None].to(device), dtype)[0].cpu()
             cycle.append(float((rec - datasets.to_tensor(source)).abs().mean()) / 2)
             if j in truths and channels == (3, 3):
-                truth = datasets.load_image(folders[1 - i] / truths[j], 3)
-                error.add(source, fake, datasets.resize(truth, source.shape[1::-1]))
+                error.add_file(source, fake, folders[1 - i] / truths[j])
         direction = forth.removeprefix("netG_")
         if error.sums[2]:
             measures[f"error_{direction}"], measures[f"nothing_{direction}"] = error.figures()
@@ -193,8 +204,8 @@ def read_options(models: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it and give --dataroot") from error
 
 
@@ -273,11 +284,7 @@ def run_job(
                     strip = side_by_side(source, fake, rec)
                     utils.save_picture(args.workdir / "outputs" / "cycle" / name, strip)
             if i in job.get("truths", {}) and source.shape[2] == fake.shape[2] == 3:
-                try:
-                    truth = datasets.load_image(job["truth_folder"] / job["truths"][i])
-                except datasets.UnreadableImage:
-                    continue  # told when that direction is translated
-                error.add(source, fake, datasets.resize(truth, fake.shape[1::-1]))
+                error.add_file(source, fake, job["truth_folder"] / job["truths"][i])
         for future in saving:
             future.result()
     return {"direction": direction, "n": len(mine), "failed": failed, "sums": error.sums.tolist()}

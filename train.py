@@ -163,8 +163,8 @@ class CycleGAN:
         args = self.args
         self.schedulers = []
         for optimizer in (self.optimizer_G, self.optimizer_D):
-            for group in optimizer.param_groups:
-                group["initial_lr"] = args.lr
+            for group in optimizer.param_groups:  # a resumed run may have other ones
+                group.update(initial_lr=args.lr, betas=(args.beta1, 0.999))
             factor = lambda e: utils.lr_factor(args.lr_policy, e, args.n_epochs, args.decay_epoch)
             self.schedulers.append(LambdaLR(optimizer, factor, last_epoch=epoch - 1))
 
@@ -263,6 +263,7 @@ class CycleGAN:
             "optimizer_D": self.optimizer_D.state_dict(),
             "scaler": self.scaler.state_dict(),
             "iteration": self.iteration,
+            "last_identity": self.last_identity,
         }
 
     def rank_state(self) -> dict:
@@ -281,10 +282,12 @@ class CycleGAN:
             net.load_state_dict(state[name])
         for name, net in self.averages.items():  # --ema may be new to the run
             net.load_state_dict(state.get(f"{name}_ema", state[name]))
-        for name in ("optimizer_G", "optimizer_D", "scaler"):
-            part = {"optimizer_G": self.optimizer_G, "optimizer_D": self.optimizer_D}
-            part.get(name, self.scaler).load_state_dict(state[name])
+        self.optimizer_G.load_state_dict(state["optimizer_G"])
+        self.optimizer_D.load_state_dict(state["optimizer_D"])
+        if state["scaler"]:  # empty if the run was not in fp16 until now
+            self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
+        self.last_identity = state["last_identity"].to(self.device)
         self.buffer_A.load_state_dict(mine["buffer_A"], self.device)
         self.buffer_B.load_state_dict(mine["buffer_B"], self.device)
         torch.set_rng_state(mine["random"])
@@ -338,17 +341,21 @@ def save_run(args, model: CycleGAN, place: dict, rank: int = 0, world: int = 1) 
         os.replace(newest, folder / "train_state.prev.pth")
     os.replace(fresh, newest)
     utils.sync_folder(folder)
-    export_networks(model, folder)
-    utils.save_json(folder / "options.json", args.options)
+    export(args, model)
 
 
-def export_networks(model: CycleGAN, folder: Path) -> None:
-    """Write every network as a plain state_dict: `netG_A2B.pth`, ..., `netG_A2B_ema.pth`, ..."""
-    utils.make_folder(folder)
+def export(args, model: CycleGAN) -> None:
+    """Write each network as a plain state_dict (`netG_A2B.pth`, ...) and the run's options."""
+    folder = args.workdir / "models"
     for name, net in model.networks().items():
         utils.save_tensors(folder / f"{name}.pth", net.state_dict())
-    for name, net in model.averages.items():
-        utils.save_tensors(folder / f"{name}_ema.pth", net.state_dict())
+    for name in ("netG_A2B", "netG_B2A"):
+        path = folder / f"{name}_ema.pth"
+        if name in model.averages:
+            utils.save_tensors(path, model.averages[name].state_dict())
+        else:
+            path.unlink(missing_ok=True)  # it would be older than the weights, yet preferred
+    utils.save_json(folder / "options.json", args.options)
 
 
 def load_run(workdir: Path) -> dict:
@@ -358,14 +365,14 @@ def load_run(workdir: Path) -> dict:
         UserError: there is none.
     """
     problems = []
-    for name in ("train_state.pth", "train_state.prev.pth"):
+    for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
         path = workdir / "models" / name
         try:
             state = utils.load_tensors(path)
             if not {"netG_A2B", "optimizer_G", "ranks", "args", "epoch", "sample"} <= state.keys():
                 raise UserError(f"{path} is a checkpoint, but not the state of a run of train.py")
             if problems:
-                print(f"{problems[0]}; going on from the state before it, {path}")
+                print(f"{problems[0]}; going on from the other state, {path}")
             return state
         except UserError as error:
             problems.append(str(error))
@@ -404,8 +411,9 @@ def load_initial(folder: Path, model: CycleGAN) -> None:
 
 def clear_run(workdir: Path) -> None:
     """Forget the run that `workdir` holds (`--restart`)."""
-    old = ["models/train_state*.pth", "models/net*.pth", "models/best/*.pth", "images/*.png"]
+    old = ["models/train_state*.pth", "models/net*.pth", "models/best/*", "images/*.png"]
     old += ["logs/losses.*", "logs/metrics.csv", "logs/skipped.txt", "logs/events.*"]
+    old += ["outputs/cycle/*.png", "result/[AB]2[AB]_*.png", "result/metrics.json"]
     for pattern in old:
         for path in workdir.glob(pattern):
             path.unlink()
@@ -471,6 +479,7 @@ class Log:
     def __init__(self, args, iteration: int):
         self.path = args.workdir / "logs" / "losses.csv"
         utils.trim_log(self.path, iteration)
+        utils.trim_log(self.path.with_name("metrics.csv"), iteration)
         if not self.path.exists():
             self.append(self.names)
         self.board = None
@@ -565,8 +574,16 @@ def train(args, state: dict | None) -> int:
     model = CycleGAN(args, device, dtype, rank, world)
     place = {"epoch": 0, "sample": 0, "seconds": 0.0, "best": None}
     if state:
-        model.load_state_dict(state, state["ranks"][rank % len(state["ranks"])])
+        try:
+            model.load_state_dict(state, state["ranks"][rank % len(state["ranks"])])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                "cannot resume: the saved state does not fit its own options, so it is damaged or "
+                f"from another version ({str(error).splitlines()[-1].strip()})"
+            ) from error
         place = {name: state[name] for name in place}
+        if place["sample"] >= len(data):  # there are fewer pictures now
+            place.update(epoch=place["epoch"] + 1, sample=0)
     elif args.init_from:
         load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world  # samples
@@ -576,7 +593,6 @@ def train(args, state: dict | None) -> int:
         len(data), args.batch_size, per_step, epochs, place["sample"], rank, world
     )
     pin = device.type == "cuda"
-    batches = iter(datasets.make_loader(data, sampler, args.workers, pin))
 
     def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(
@@ -596,7 +612,8 @@ def train(args, state: dict | None) -> int:
     latest = args.workdir / "images" / "latest.png"
     saved = time.time()
     began = saved - place["seconds"]
-    stop = StopRequest()
+    stop = StopRequest()  # before there are workers, so that a signal does not end them either
+    batches = iter(datasets.make_loader(data, sampler, args.workers, pin))
     bar = tqdm(
         total=model.iteration + max(0, steps_left(place, args.n_epochs, len(data), per_step)),
         initial=model.iteration,
@@ -608,18 +625,15 @@ def train(args, state: dict | None) -> int:
     try:
         if not state:
             save_run(args, model, place, rank, world)
+        elif chief:
+            export(args, model)  # killed right after its last save, a run has not yet done so
         for epoch in epochs:
             model.start_epoch(epoch)
             lr = model.optimizer_G.param_groups[0]["lr"]
             start, waited, fresh = time.time(), 0.0, place["sample"]
             while place["sample"] < len(data):
                 before = time.time()
-                try:
-                    inputs = [next_batch() for _ in range(args.accumulate)]
-                except RuntimeError:
-                    if not stop.signal:  # a signal to the whole process group ends workers first
-                        raise
-                    break
+                inputs = [next_batch() for _ in range(args.accumulate)]
                 waited += time.time() - before
                 losses = model.step(inputs)
                 place["sample"] += per_step
@@ -734,6 +748,7 @@ def evaluate(args, model: CycleGAN, log: Log, epoch: int, best: float | None) ->
     folder = utils.make_folder(args.workdir / "models" / "best")
     for name, net in model.best_generators().items():
         utils.save_tensors(folder / f"{name}.pth", net.state_dict())
+    utils.save_json(folder / "options.json", args.options)
     return score
 
 
@@ -742,7 +757,7 @@ def evaluate(args, model: CycleGAN, log: Log, epoch: int, best: float | None) ->
 
 # small enough for two CPU cores and six minutes; what is typed beside --demo overrides it
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
-DEMO |= {"n_epochs": 12, "decay_epoch": 6, "batch_size": 1}
+DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4}
 
 
 def option(group, names: str, default, words: str, **more) -> None:
@@ -891,21 +906,28 @@ def check_options(args: argparse.Namespace) -> None:
             f"--decay_epoch {args.decay_epoch} is not before the end: choose one from 0 to "
             f"{args.n_epochs - 1} (--n_epochs is {args.n_epochs})"
         )
-    if "resize_and_crop" in args.preprocess and args.size > args.load_size:
+    if args.preprocess.endswith("_and_crop") and args.size > args.load_size:
         raise UserError(
             f"--size {args.size} cannot be cropped from pictures of --load_size {args.load_size}: "
             "make --load_size at least as large"
         )
     multiple = {"unet_256": 256, "unet_128": 128}.get(args.netG, 4)
-    if args.size % multiple or args.size < 16:
+    least = {"basic": 24, "pixel": 16, "strided": 32}  # so that the last normed map is not 1x1
+    least = least.get(args.netD, max(16, 3 * 2**args.n_layers_D))
+    if args.size % multiple or args.size < least:
         raise UserError(
-            f"--size is {args.size}, but --netG {args.netG} needs a multiple of {multiple}"
-            f"{', at least 16' if multiple == 4 else ''}"
+            f"--size is {args.size}, but --netG {args.netG} needs a multiple of {multiple} and "
+            f"--netD {args.netD} at least {least}"
         )
     if args.preprocess in ("none", "scale_width") and args.batch_size > 1:
         raise UserError(
             f"--preprocess {args.preprocess} keeps pictures of different sizes, which do not go "
             "into one batch: use --batch_size 1 (and --accumulate)"
+        )
+    if args.preprocess in ("none", "scale_width") and multiple > 4:
+        raise UserError(
+            f"--preprocess {args.preprocess} leaves sizes that --netG {args.netG} cannot halve: "
+            f"use --preprocess crop or scale_width_and_crop with --size {multiple}"
         )
     if args.input_nc != args.output_nc and args.lambda_id > 0:
         raise UserError(
@@ -942,7 +964,7 @@ def main(args: argparse.Namespace) -> int:
         from download import draw_demo
 
         draw_demo(args.dataroot)
-    for split in ("trainA", "trainB"):
+    for split in ("trainA", "trainB", *(("testA", "testB") if args.eval_every else ())):
         datasets.find_split(args.dataroot, split)
     for name in ("dataset", "models", "images", "logs", "outputs", "result"):
         folder = utils.make_folder(args.workdir / name)

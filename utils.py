@@ -11,6 +11,7 @@ import pickle
 import random
 import sys
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,14 +31,17 @@ class UserError(Exception):
 
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Run a script's `main(args)` and exit with its code; a UserError is one line and code 2."""
+    warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is told by us
     try:
-        sys.exit(main(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = main(args)
+    except UserError as error:  # the last line, as a data worker's comes with a traceback before
+        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        print(f"error: {message}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    sys.exit(code)  # out here no traceback keeps data workers alive
 
 
 @contextlib.contextmanager
@@ -55,6 +59,8 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------
 # Files
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or the largest file allowed
 
 
 def add_workdir(parser: argparse._ActionsContainer) -> None:
@@ -101,18 +107,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not disk_is_full(path.parent):
             raise  # torch.save reports a full disk as a RuntimeError, and other things too
-        reason = "the disk is full" if is_disk_full(error, path.parent) else str(error)
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = "the disk is full" if is_disk_full(error, path.parent) else told
         raise UserError(
             f"cannot write {path} ({reason}): free some space or make the folder writable; "
             "what was saved before is untouched"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there and that is allowed."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def is_disk_full(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in NO_ROOM
     return disk_is_full(folder)
 
 
@@ -125,9 +138,9 @@ def disk_is_full(folder: Path) -> bool:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in NO_ROOM
     finally:
-        probe.unlink(missing_ok=True)
+        remove(probe)
     return False
 
 
@@ -153,9 +166,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Delete what a killed run left half-written."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Delete what a killed run left half-written, in sub-folders such as outputs/A too."""
+    for pattern in (".*.tmp", "*/.*.tmp"):
+        for path in folder.glob(pattern):
+            remove(path)
 
 
 def save_tensors(path: Path, content: dict) -> None:
@@ -191,25 +205,38 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
                 raise UserError(
                     f"{path} is a web page, not a checkpoint: download it again from a direct link"
                 )
+            if head.startswith(b"PK"):
+                check_zip(file)
             content = torch.load(file, map_location=device, weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train first, or name another") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is truncated or damaged: copy or download it again") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+    except Exception as error:  # on damaged pickles torch.load raises some ten kinds of errors
+        if isinstance(error, pickle.UnpicklingError) and (
+            head.startswith(b"\x80") or "GLOBAL" in str(error)
+        ):
             raise UserError(
                 f"{path} is refused: it holds more than tensors (a pickle that could run code "
                 "when loaded); save it again as a plain state_dict"
             ) from error
         raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        if head.startswith(b"PK"):
-            raise UserError(f"{path} is truncated or damaged: copy or download it again") from error
-        raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state_dict")
     return content
+
+
+def check_zip(file: BinaryIO) -> None:
+    """Compare the checksums of a zip file, which torch.load does not; BadZipFile if they differ."""
+    with zipfile.ZipFile(file) as archive:
+        wrong = archive.testzip()
+    if wrong:
+        raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
+    file.seek(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,11 +383,13 @@ def trim_log(path: Path, iteration: int) -> None:
     """Drop the rows of a CSV log past `iteration`: a resumed run will write them again."""
     if not path.exists():
         return
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))
-    kept = [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[1]) <= iteration]
+    lines = path.read_text().split("\n")[:-1]  # what has no end of line was torn
+    if not lines:
+        path.unlink()  # not even a header
+        return
+    kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[1]) <= iteration]
     with atomic_write(path) as file:
-        file.write("".join(",".join(row) + "\n" for row in rows[:1] + kept).encode())
+        file.write("".join(line + "\n" for line in kept).encode())
 
 
 def read_log(path: Path) -> dict[str, list[float]]:

@@ -1,0 +1,177 @@
+"""report.py: the page is whole, needs nothing else, and trusts nothing that it shows."""
+
+import base64
+import io
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+
+SECTIONS = ["Translations of test pictures", "Measures", "Progress", "Losses", "Settings"]
+METRICS = {
+    "A2B": {
+        "n": 9,
+        "n_real": 10,
+        "translation": {"kid": 0.01234, "kid_std": 0.002, "fid": 98.765, "under_5": 0.5},
+        "nothing": {"kid": 0.1, "kid_std": 0.003, "fid": 200},
+    },
+    "B2A": {"n": 10, "translation": {"cycle": 0.25}, "nothing": {}},
+}
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, their attributes, the text, the pictures."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.pictures = [
+            Image.open(io.BytesIO(base64.b64decode(value.partition("base64,")[2])))
+            for name, value in self.attributes
+            if name == "src"
+        ]
+        self.sections = [t for t in self.texts if t in SECTIONS]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def save(path: Path, width: int, height: int, colour="red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), colour).save(path)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def make_run(folder: Path) -> Path:
+    options = {"dataroot": "/pictures/fruit", "size": 64, "netG": "resnet_9blocks", "n_epochs": 9}
+    write(folder / "models/options.json", json.dumps({**options, "workers": 0, "no_flip": False}))
+    log = "epoch,iteration,D,G,seconds\n1,50,0.5,4,10\n3,150,0.25,3,7500.5\n4,2"
+    write(folder / "logs/losses.csv", log)
+    write(folder / "result/metrics.json", json.dumps(METRICS))
+    save(folder / "logs/losses.png", 90, 42)
+    for epoch in range(1, 12):
+        save(folder / f"images/epoch_{epoch:03d}.png", 60 + epoch, 40)
+    for direction in ("A2B", "B2A"):
+        for i in range(2):
+            save(folder / f"outputs/cycle/{direction}_{i}.png", 30, 10)
+            save(folder / f"result/{direction}_{i}.png", 20, 10)
+    return folder
+
+
+def test_a_whole_page_that_needs_nothing_else(tmp_path):
+    path = report.write_report(make_run(tmp_path))
+    assert path == tmp_path / "result/report.html"
+    page = Page(path)
+    assert page.sections == SECTIONS
+    sizes = [picture.size for picture in page.pictures]
+    assert sizes == [(30, 10)] * 4 + [(61, 40), (66, 40), (71, 40), (90, 42)]
+    links = [v for name, v in page.attributes if name in ("src", "href", "srcset", "data")]
+    assert len(links) == 8 and all(link.startswith("data:image/") for link in links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "://" not in path.read_text() and "url(" not in path.read_text()
+    for text in ("CycleGAN: fruit", "64 x 64", "3 of 9", "2 h 5 min", "150", "0.25"):
+        assert text in page.texts
+    workers = page.texts.index("workers")
+    assert page.texts[workers + 1] == "0"  # and not "no", which is what False becomes
+    assert page.texts[page.texts.index("no_flip") + 1] == "no"
+    cells = ["0.01234 ± 0.00200", "0.10000 ± 0.00300", "98.77", "200.00", "50.0%", "0.2500"]
+    assert [text for text in page.texts if text in cells] == cells[:4] + ["0.2500", "50.0%"]
+
+
+@pytest.mark.parametrize(
+    ("path", "section"),
+    [
+        ("outputs/cycle/A2B_x.png", SECTIONS[0]),
+        ("result/B2A_x.png", SECTIONS[0]),
+        ("result/metrics.json", SECTIONS[1]),
+        ("logs/metrics.csv", SECTIONS[1]),
+        ("images/epoch_001.png", SECTIONS[2]),
+        ("images/latest.png", SECTIONS[2]),
+        ("logs/losses.png", SECTIONS[3]),
+        ("logs/losses.csv", SECTIONS[3]),
+        ("models/options.json", SECTIONS[4]),
+    ],
+)
+def test_each_part_has_its_files_or_is_left_out(tmp_path, path, section):
+    assert Page(report.write_report(tmp_path)).sections == []
+    path = tmp_path / path
+    contents = {"metrics.json": METRICS, "options.json": {"size": 8}}
+    if path.suffix == ".png":
+        save(path, 12, 4)
+    elif path.suffix == ".json":
+        write(path, json.dumps(contents[path.name]))
+    else:
+        write(path, "epoch,iteration,G\n1,2,3\n")
+    assert Page(report.write_report(tmp_path)).sections == [section]
+    for damage in (b"", b"\xff\xfe{[,", b"[1, 2]"):  # a report must not fail what it ends
+        path.write_bytes(damage)
+        assert Page(report.write_report(tmp_path)).sections == []
+
+
+def test_everything_shown_is_escaped(tmp_path):
+    evil = "<script>alert('1')</script><b>&amp;\"x"
+    name = "<b onload='x'>&quot;\"" + os.fsdecode(b"\xff")
+    write(tmp_path / "models/options.json", json.dumps({evil: evil, "dataroot": f"a/{evil}"}))
+    write(tmp_path / "logs/losses.csv", f"epoch,iteration,{evil}\n1,2,{evil}\n")
+    save(tmp_path / f"outputs/cycle/A2B_{name}.png", 30, 10)
+    page = Page(report.write_report(tmp_path))
+    assert not {"script", "b"} & set(page.tags)
+    assert "onload" not in dict(page.attributes)
+    assert page.texts.count(evil) == 4  # option and its value, head and cell of the log
+    assert name[:-1] + "?" in page.texts
+    assert ("alt", name[:-1] + "?") in page.attributes
+    assert len(page.pictures) == 1
+
+
+def test_the_page_stays_small_and_shows_the_newest_run(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (512, 1536, 3), np.uint8)  # nothing compresses worse
+    large, strip = io.BytesIO(), io.BytesIO()
+    Image.fromarray(noise).save(large, "PNG")
+    Image.fromarray(noise[:256, :768]).save(strip, "PNG")
+    for name in ("outputs/cycle", "images"):
+        (tmp_path / name).mkdir(parents=True)
+    for epoch in (1, 2, 3):
+        (tmp_path / f"images/epoch_{epoch:03d}.png").write_bytes(large.getvalue())
+    for direction in ("A2B", "B2A"):
+        for i in range(12):
+            path = tmp_path / f"outputs/cycle/{direction}_{i:02d}.png"
+            path.write_bytes(strip.getvalue())
+    old = tmp_path / "outputs/cycle/A2B_00.png"
+    os.utime(old, (old.stat().st_mtime - 3600,) * 2)
+    path = report.write_report(tmp_path)
+    assert path.stat().st_size < 5e6
+    page = Page(path)
+    assert len(page.pictures) == 8 + 8 + 3
+    assert max(picture.width for picture in page.pictures) == report.WIDEST
+    names = [text for text in page.texts if text.isdigit()]
+    assert names == [f"{i:02d}" for i in [*range(1, 9), *range(8)]]
+
+
+def test_metrics_as_rows_of_words():
+    assert report.metrics_rows({}) == report.metrics_rows({"A2B": 3}) == []
+    rows = report.metrics_rows(METRICS)
+    assert rows[:2] == [
+        ["", "A2B", "nothing", "B2A", "nothing", "better"],
+        ["translations", "9", "", "10", "", ""],
+    ]
+    assert ["real pictures", "10", "", "-", "", ""] in rows
+    assert ["cycle error", "", "", "0.2500", "", "lower"] in rows
+    assert {len(row) for row in rows} == {6}
+    kid = next(row for row in rows if row[0].startswith("KID"))
+    assert kid[1:] == ["0.01234 ± 0.00200", "0.10000 ± 0.00300", "", "", "lower"]
