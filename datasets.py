@@ -129,8 +129,9 @@ def load_image(path: Path, channels: int = 3) -> np.ndarray:
                 raise ValueError(f"{image.width}x{image.height} is over Pillow's size limit")
             return convert(ImageOps.exif_transpose(image), channels)
     except Exception as error:  # on hostile files decoders raise some twenty kinds of errors
-        reason = str(error) if str(error) else type(error).__name__
-        raise UnreadableImage(reason.replace("\n", " ").replace(str(path), "it")) from error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        reason = reason.replace(f" {str(path)!r}", "").replace("\n", " ")
+        raise UnreadableImage(reason or type(error).__name__) from error
 
 
 def check_array(picture: np.ndarray, channels: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import UserError, load_tensors
+from utils import UserError, load_tensors, memory_layout
 
 # ------------------------------------------------------------------------------------------------
 # Small parts
@@ -257,7 +257,8 @@ def load_generator(path: Path, device: torch.device | str = "cpu") -> "nn.Module
     if Path(path).suffix.lower() == ".onnx":
         return OnnxGenerator(path)
     try:
-        return generator_from_state(load_tensors(path)).eval().to(device)
+        net = generator_from_state(load_tensors(path)).eval()
+        return net.to(device, memory_format=memory_layout(torch.device(device)))
     except LayoutError as error:
         raise UserError(f"{path} holds no generator that is known here: {error}") from error
 

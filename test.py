@@ -85,8 +85,7 @@ def translate_files(
 
 def translate_group(net, group: list[tuple[int, np.ndarray]], device, dtype) -> Iterator[tuple]:
     x = torch.stack([datasets.to_tensor(picture) for _, picture in group]).to(device)
-    if device.type == "cuda":
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=utils.memory_layout(device))
     for (i, picture), y in zip(group, translate(net, x, dtype).cpu(), strict=True):
         deep = len(y) not in (3, 4)  # colours are saved with 8 bits, all else as it came
         yield i, picture, datasets.to_array(y, picture.dtype if deep else np.uint8)
@@ -317,6 +316,7 @@ def main(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device, args.cuda)
     rank, world = utils.start_processes(device)
     dtype = utils.pick_precision(args.amp, device)
+    utils.set_backends(device, dtype)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
         raise UserError(f"there is no folder {models}: train first, or name --models or --weights")

@@ -113,8 +113,7 @@ class CycleGAN:
         options = {"ndf": args.ndf, "netD": args.netD, "n_layers_D": args.n_layers_D}
         self.netD_A = Discriminator(A, norm=args.norm, **options)
         self.netD_B = Discriminator(B, norm=args.norm, **options)
-        # channels_last is what a GPU's tensor cores want; on a CPU it was measured to be slower
-        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.layout = utils.memory_layout(device)
         for net in self.networks().values():
             init_weights(net, args.init_type, args.init_gain)
             net.to(device, memory_format=self.layout)
@@ -554,9 +553,7 @@ def train(args, state: dict | None) -> int:
     rank, world = utils.start_processes(device)
     chief = rank == 0
     dtype = utils.pick_precision(args.amp, device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes never change, so searching once pays
-        torch.backends.cudnn.allow_tf32 = args.amp != "off"  # off means float32 to the last bit
+    utils.set_backends(device, dtype)
 
     skip_log = args.workdir / "logs" / "skipped.txt"
     first, second = "AB" if args.direction == "AtoB" else "BA"
@@ -885,6 +882,14 @@ def resume(args: argparse.Namespace, state: dict) -> argparse.Namespace:
     return run
 
 
+def fill_in(args: argparse.Namespace) -> None:
+    """Set the options that follow others unless they were typed."""
+    if args.decay_epoch is None:
+        args.decay_epoch = args.n_epochs // 2
+    args.lambda_A = args.lambda_cyc if args.lambda_A is None else args.lambda_A
+    args.lambda_B = args.lambda_cyc if args.lambda_B is None else args.lambda_B
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other, before anything is done.
 
@@ -955,10 +960,7 @@ def main(args: argparse.Namespace) -> int:
         for name, value in vars(args).items()
         if name not in ("given", "resume", "restart", "workdir", "options")
     }
-    if args.decay_epoch is None:
-        args.decay_epoch = args.n_epochs // 2
-    args.lambda_A = args.lambda_cyc if args.lambda_A is None else args.lambda_A
-    args.lambda_B = args.lambda_cyc if args.lambda_B is None else args.lambda_B
+    fill_in(args)
     check_options(args)
     if args.demo and chief and not args.dataroot.exists():
         from download import draw_demo

@@ -16,9 +16,7 @@ def tiny(*options: str):
     """Options of a run so small that a step takes milliseconds, completed as main does."""
     words = "--ngf 4 --ndf 4 --n_residual_blocks 1 --size 32 --load_size 36 --n_epochs 2"
     args = train.parse_args([*words.split(), *options])
-    args.lambda_A = args.lambda_cyc if args.lambda_A is None else args.lambda_A
-    args.lambda_B = args.lambda_cyc if args.lambda_B is None else args.lambda_B
-    args.decay_epoch = 1
+    train.fill_in(args)
     return args
 
 

@@ -1,0 +1,150 @@
+"""Export generators to ONNX, for onnxruntime and everything else that reads it.
+
+python export.py                                the pair of the run in --workdir
+python export.py --weights horse2zebra.pth      one published generator
+
+The files take pictures of any number and size: `input` (N, C, H, W) in [-1, 1], H and W multiples
+of the metadata's `multiple` and at least 8, gives `output` (N, C, H, W) in [-1, 1].
+"""
+
+import argparse
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+import utils
+from models import load_generator
+from test import find_weights
+from utils import UserError
+
+TOLERANCE = 1e-3  # largest difference from PyTorch that is accepted, of values in [-1, 1]
+TOLERANCE_FP16 = 5e-2  # half floats keep eleven bits, and many layers add their roundings up
+
+
+class Half(nn.Module):
+    """A network that computes in float16, but takes and gives float32 like any other."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net.half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.half()).float()  # (N, output_nc, H, W)
+
+
+def to_onnx(net: nn.Module, fp16: bool) -> bytes:
+    """One self-contained ONNX file of a generator, batch, height and width dynamic.
+
+    Its metadata: `value_range`, `input_channels`, `output_channels`, `input`, `output`, and
+    `multiple`, which H and W must be multiples of.
+    """
+    import onnx
+
+    m = net.multiple
+    n = 2 * smallest(
+        m
+    )  # not `smallest`: a U-Net halves that to 1, which the exporter takes as fixed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own parts, none of them ours to mend
+        program = torch.onnx.export(
+            Half(net).eval() if fp16 else net,
+            (torch.zeros(2, net.input_nc, n, n),),
+            dynamo=True,
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_shapes=({0: Dim("batch"), 2: m * Dim("h"), 3: m * Dim("w")},),
+            verbose=False,
+        )
+    model = program.model_proto
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # stack traces, with the paths of this machine
+    metadata = {"value_range": "-1..1", "multiple": str(m), "input": "input", "output": "output"}
+    metadata |= {"input_channels": str(net.input_nc), "output_channels": str(net.output_nc)}
+    onnx.helper.set_model_props(model, metadata)
+    return model.SerializeToString()
+
+
+def smallest(multiple: int) -> int:
+    """The smallest height that is worth a check: at least 64."""
+    return -(-64 // multiple) * multiple
+
+
+def largest_difference(net: nn.Module, content: bytes) -> float:
+    """How far onnxruntime is from PyTorch at worst, on noise of three sizes; values in [-1, 1]."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    m, n = net.multiple, smallest(net.multiple)
+    for shape in ((1, n, n), (2, n, 2 * n), (1, n + 3 * m, n + m)):
+        x = torch.rand(shape[0], net.input_nc, *shape[1:], generator=generator) * 2 - 1
+        with torch.no_grad():
+            expected = net(x)
+        (got,) = session.run(None, {"input": x.numpy()})
+        worst = max(worst, float((torch.from_numpy(got) - expected).abs().max()))
+    return worst
+
+
+def export(weights: Path, output: Path, fp16: bool) -> float:
+    """Export one checkpoint; gives the largest difference from PyTorch.
+
+    Raises:
+        UserError: a package is missing, or it differs by too much; nothing is written then.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"export.py needs {package}: pip install onnx onnxscript onnxruntime")
+    content = to_onnx(load_generator(weights), fp16)
+    worst = largest_difference(load_generator(weights), content)  # Half has changed the first one
+    allowed = TOLERANCE_FP16 if fp16 else TOLERANCE
+    if not worst <= allowed:  # nan is not either
+        advice = "leave out --fp16" if fp16 else "another version of torch or onnxruntime may do"
+        raise UserError(
+            f"{output} is not written: it differs from PyTorch by {worst:.1e}, more than the "
+            f"{allowed:.0e} allowed ({advice})"
+        )
+    with utils.atomic_write(output) as file:
+        file.write(content)
+    return worst
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Export generators to ONNX.")
+    group = parser.add_argument_group("what")
+    utils.add_workdir(group)
+    group.add_argument("--models", type=Path, metavar="DIR", help="folder of weights (models/)")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="one generator instead")
+    group.add_argument("--last", action="store_true", help="the last weights, not their average")
+    group = parser.add_argument_group("how")
+    group.add_argument("--fp16", action="store_true", help="half precision inside: half the size")
+    group.add_argument("--output", type=Path, metavar="FILE", help="with --weights (beside it)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    ending = "_fp16.onnx" if args.fp16 else ".onnx"
+    if args.weights:
+        output = args.output or args.weights.with_name(args.weights.stem + ending)
+        if args.weights.suffix == ".onnx" or output.suffix != ".onnx":
+            raise UserError(f"cannot export {args.weights} to {output}: give a .pth, and get .onnx")
+        jobs = [(args.weights, output)]
+    elif args.output:
+        raise UserError("--output names one file: give --weights FILE too")
+    else:
+        models = args.models or args.workdir / "models"
+        names = ("netG_A2B", "netG_B2A")
+        jobs = [(find_weights(models, name, args.last), models / (name + ending)) for name in names]
+        jobs = [job for job in jobs if job[0].exists()]  # a run of one direction is fine
+        if not jobs:
+            raise UserError(f"{models} holds no generator: train first, or name --models")
+    for weights, output in jobs:
+        worst = export(weights, output, args.fp16)
+        print(f"{weights} -> {output} ({worst:.0e} from PyTorch at worst)")
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args())
