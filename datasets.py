@@ -127,7 +127,8 @@ def load_image(path: Path, channels: int = 3) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:  # others, as EPS, start programs
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over Pillow's size limit")
-            return convert(ImageOps.exif_transpose(image), channels)
+            ImageOps.exif_transpose(image, in_place=True)
+            return convert(image, channels)
     except Exception as error:  # on hostile files decoders raise some twenty kinds of errors
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         reason = reason.replace(f" {str(path)!r}", "").replace("\n", " ")
@@ -165,7 +166,7 @@ def convert(image: Image.Image, channels: int) -> np.ndarray:
     if channels == 1:
         return np.array(image.convert("L"))[..., None]
     if channels == 3:
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     raise ValueError(f"only .npy files can have {channels} channels")
 
 

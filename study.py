@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import runs
 import test
 import utils
 from models import load_generator
@@ -42,7 +43,7 @@ def run_once(folder: Path, options: list[str], threads: int) -> dict:
         code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
     if code:
         raise UserError(f"the run in {folder} ended with code {code}: see {output.name}")
-    figures = {"minutes": utils.read_log(folder / "logs" / "losses.csv")["seconds"][-1] / 60}
+    figures = {"minutes": runs.read_log(folder / "logs" / "losses.csv")["seconds"][-1] / 60}
     models, device = folder / "models", torch.device("cpu")
     run = argparse.Namespace(**test.read_options(models))
     run.dataroot = Path(run.dataroot)
@@ -71,11 +72,11 @@ def make_table(results: dict[str, list[dict]], commands: dict[str, str]) -> str:
         "| recipe | weights | A2B | B2A | seeds | minutes |",
         "|---|---|---|---|---|---|",
     ]
-    for name, runs in results.items():
+    for name, done in results.items():
         for kind in ("last", "average"):
-            cells = [spread([ratio(run, kind, way) for run in runs]) for way in ("A2B", "B2A")]
-            minutes = statistics.mean(run["minutes"] for run in runs)
-            rows.append(f"| {name} | {kind} | {' | '.join(cells)} | {len(runs)} | {minutes:.1f} |")
+            cells = [spread([ratio(run, kind, way) for run in done]) for way in ("A2B", "B2A")]
+            minutes = statistics.mean(run["minutes"] for run in done)
+            rows.append(f"| {name} | {kind} | {' | '.join(cells)} | {len(done)} | {minutes:.1f} |")
     listed = [f"- {name}: `python train.py {command}`" for name, command in commands.items()]
     return "\n".join([*rows, "", *listed])
 
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         seed, name = job
         options = [*shlex.split(commands[name]), "--seed", str(seed)]
         results[name].append(run_once(args.folder / f"{name}_{seed}", options, threads))
-        written = make_table({n: runs for n, runs in results.items() if runs}, commands)
+        written = make_table({n: done for n, done in results.items() if done}, commands)
         head = f"Error against the truth over that of doing nothing, {datetime.date.today()}:"
         with utils.atomic_write(table) as file:
             file.write(f"{head}\n\n{written}\n".encode())

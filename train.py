@@ -13,7 +13,6 @@ import contextlib
 import copy
 import datetime
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,14 +27,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import datasets
+import runs
 import utils
 from models import (
     Discriminator,
-    LayoutError,
-    generator_from_state,
     init_weights,
     make_generator,
-    translate,
 )
 from utils import ReplayBuffer, UserError
 
@@ -305,245 +301,6 @@ def add_losses(total: dict, losses: dict, n: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a run saves: one state to resume from, and the networks by themselves
-
-# what a resume cannot change, because the saved weights would not fit or would mean something else
-FIXED = ("netG", "n_residual_blocks", "ngf", "upsample", "norm", "dropout", "netD", "n_layers_D")
-FIXED += ("ndf", "input_nc", "output_nc", "direction")
-
-
-def save_run(args, model: CycleGAN, place: dict, rank: int = 0, world: int = 1) -> None:
-    """Write `models/train_state.pth`, keeping the one before, then the exported networks.
-
-    `place` says how far the run is: epoch (from 0), sample (within it), seconds, best.
-
-    Raises:
-        UserError: a weight is not finite (nothing is written), or the disk is full.
-    """
-    for name, net in model.networks().items():
-        if not all(torch.isfinite(p).all() for p in net.parameters()):
-            raise UserError(
-                f"a weight of {name} is not finite at iteration {model.iteration}: the last good "
-                "state is untouched; --resume from it with a lower --lr or --amp off"
-            )
-    ranks = [model.rank_state()]
-    if world > 1:
-        ranks = [None] * world if rank == 0 else None
-        dist.gather_object(model.rank_state(), ranks)
-    if rank > 0:
-        return
-    state = {**model.state_dict(), "ranks": ranks, "args": args.options, **place}
-    folder = args.workdir / "models"
-    newest, fresh = folder / "train_state.pth", folder / "train_state.new.pth"
-    utils.save_tensors(fresh, state)
-    if newest.exists():
-        os.replace(newest, folder / "train_state.prev.pth")
-    os.replace(fresh, newest)
-    utils.sync_folder(folder)
-    export(args, model)
-
-
-def export(args, model: CycleGAN) -> None:
-    """Write each network as a plain state_dict (`netG_A2B.pth`, ...) and the run's options."""
-    folder = args.workdir / "models"
-    for name, net in model.networks().items():
-        utils.save_tensors(folder / f"{name}.pth", net.state_dict())
-    for name in ("netG_A2B", "netG_B2A"):
-        path = folder / f"{name}_ema.pth"
-        if name in model.averages:
-            utils.save_tensors(path, model.averages[name].state_dict())
-        else:
-            path.unlink(missing_ok=True)  # it would be older than the weights, yet preferred
-    utils.save_json(folder / "options.json", args.options)
-
-
-def load_run(workdir: Path) -> dict:
-    """The newest state of a run that can be read.
-
-    Raises:
-        UserError: there is none.
-    """
-    problems = []
-    for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
-        path = workdir / "models" / name
-        try:
-            state = utils.load_tensors(path)
-            if not {"netG_A2B", "optimizer_G", "ranks", "args", "epoch", "sample"} <= state.keys():
-                raise UserError(f"{path} is a checkpoint, but not the state of a run of train.py")
-            if problems:
-                print(f"{problems[0]}; going on from the other state, {path}")
-            return state
-        except UserError as error:
-            problems.append(str(error))
-    raise UserError(f"cannot resume: {problems[0]}")
-
-
-def load_initial(folder: Path, model: CycleGAN) -> None:
-    """Start from the weights in `folder` (`--init_from`): ours, or the reference repository's.
-
-    Raises:
-        UserError: no generators there, or of another architecture than the options ask for.
-    """
-    known = {"netG_A2B": "latest_net_G_A.pth", "netG_B2A": "latest_net_G_B.pth"}
-    known |= {"netD_A": "latest_net_D_B.pth", "netD_B": "latest_net_D_A.pth"}  # theirs is swapped
-    for name, net in model.networks().items():
-        paths = [folder / f"{name}.pth", folder / known[name]]
-        path = next((path for path in paths if path.exists()), None)
-        if path is None:
-            if name.startswith("netD"):
-                continue  # published models rarely come with their discriminators
-            raise UserError(f"--init_from {folder} has neither {paths[0].name} nor {paths[1].name}")
-        try:
-            state = utils.load_tensors(path)
-            if name.startswith("netG"):
-                state = generator_from_state(state).state_dict()
-            net.load_state_dict(state)
-        except (LayoutError, RuntimeError) as error:
-            raise UserError(
-                f"the weights in {path} do not fit the networks asked for "
-                f"(--netG, --ngf, --norm, ...): {str(error).splitlines()[-1].strip()}"
-            ) from error
-        if name in model.averages:
-            model.averages[name].load_state_dict(net.state_dict())
-        print(f"{name} starts from {path}")
-
-
-def clear_run(workdir: Path) -> None:
-    """Forget the run that `workdir` holds (`--restart`)."""
-    old = ["models/train_state*.pth", "models/net*.pth", "models/best/*", "images/*.png"]
-    old += ["logs/losses.*", "logs/metrics.csv", "logs/skipped.txt", "logs/events.*"]
-    old += ["outputs/cycle/*.png", "result/[AB]2[AB]_*.png", "result/metrics.json"]
-    for pattern in old:
-        for path in workdir.glob(pattern):
-            path.unlink()
-
-
-# ------------------------------------------------------------------------------------------------
-# What a run shows
-
-
-def sample_pictures(args, split: str, channels: int, n: int = 4) -> torch.Tensor:
-    """The first test pictures (training pictures where there are none), (n, C, size, size)."""
-    try:
-        folder = datasets.find_split(args.dataroot, split)
-    except UserError:
-        folder = datasets.find_split(args.dataroot, split.replace("test", "train"))
-    pictures = []
-    for name in datasets.list_images(folder):
-        try:
-            picture = datasets.load_image(folder / name, channels)
-        except datasets.UnreadableImage:
-            continue  # Domain and test.py report it
-        pictures.append(datasets.to_tensor(datasets.resize(picture, (args.size, args.size))))
-        if len(pictures) == n:
-            break
-    if not pictures:
-        raise UserError(f"not one picture in {folder} can be read")
-    return torch.stack(pictures)
-
-
-def save_samples(model: CycleGAN, real_A: torch.Tensor, real_B: torch.Tensor, path: Path) -> None:
-    """Write a grid: real A | fake B | recovered A | real B | fake A | recovered B, a row each."""
-    nets = model.best_generators()
-    columns = []
-    for x, forth, back in ((real_A, "netG_A2B", "netG_B2A"), (real_B, "netG_B2A", "netG_A2B")):
-        training = nets[forth].training
-        for net in nets.values():
-            net.eval()
-        fake = translate(nets[forth], x.to(model.device), model.dtype)
-        columns += [x, fake, translate(nets[back], fake, model.dtype)]
-        for net in nets.values():
-            net.train(training)
-    titles = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
-    zoom, gap, top = -(-128 // real_A.shape[-1]), 4, 20  # small pictures are shown larger
-    cell = zoom * real_A.shape[-1]
-    rows = max(len(real_A), len(real_B))
-    grid = Image.new("RGB", (6 * (cell + gap) + gap, rows * (cell + gap) + top), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (title, column) in enumerate(zip(titles, columns, strict=True)):
-        x = gap + i * (cell + gap)
-        draw.text((x + cell / 2, top / 2), title, "#333333", anchor="mm", font_size=12)
-        for j, picture in enumerate(column):
-            picture = datasets.to_rgb(datasets.to_array(picture))
-            picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
-            grid.paste(picture, (x, top + j * (cell + gap)))
-    utils.save_picture(path, grid)
-
-
-class Log:
-    """The losses of a run: `logs/losses.csv`, its plot, TensorBoard where it is installed."""
-
-    names = ("epoch", "iteration", "D", "G", "adv", "cycle", "identity", "lr", "seconds")
-
-    def __init__(self, args, iteration: int):
-        self.path = args.workdir / "logs" / "losses.csv"
-        utils.trim_log(self.path, iteration)
-        utils.trim_log(self.path.with_name("metrics.csv"), iteration)
-        if not self.path.exists():
-            self.append(self.names)
-        self.board = None
-        if not args.no_tensorboard:
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.path.parent, purge_step=iteration + 1)
-                print(f"watch with: tensorboard --logdir {self.path.parent}")
-
-    def append(self, row) -> None:
-        utils.append_line(self.path, ",".join(str(value) for value in row))
-
-    def write(self, epoch: int, iteration: int, losses: dict, lr: float, seconds: float) -> None:
-        values = [f"{losses[name]:.6f}" for name in self.names[2:7]]
-        self.append([epoch, iteration, *values, f"{lr:.8f}", f"{seconds:.1f}"])
-        if self.board:
-            for name, value in losses.items():
-                self.board.add_scalar(f"loss/{name}", value, iteration)
-            self.board.add_scalar("lr", lr, iteration)
-
-    def write_measures(self, epoch: int, iteration: int, measures: dict) -> None:
-        """A row of `logs/metrics.csv`."""
-        path = self.path.with_name("metrics.csv")
-        if not path.exists():
-            utils.append_line(path, ",".join(["epoch", "iteration", *measures]))
-        row = [f"{value:.6f}" for value in measures.values()]
-        utils.append_line(path, ",".join([str(epoch), str(iteration), *row]))
-        if self.board:
-            for name, value in measures.items():
-                self.board.add_scalar(f"measure/{name}", value, iteration)
-
-    def draw(self, grid: Path, iteration: int) -> None:
-        """Redraw the plot, and show the sample grid in TensorBoard too."""
-        utils.plot_losses(self.path, self.path.with_suffix(".png"), self.names[2:7])
-        if self.board:
-            pixels = datasets.load_image(grid)
-            self.board.add_image("samples", pixels, iteration, dataformats="HWC")
-
-    def close(self) -> None:
-        if self.board:
-            self.board.close()
-
-
-class StopRequest:
-    """Remembers Ctrl-C or SIGTERM until the iteration is done; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal = 0
-        self.alone = "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun repeats the signal to us
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number: int, frame) -> None:
-        if self.signal and number == signal.SIGINT and self.alone:
-            raise KeyboardInterrupt
-        self.signal = number
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\nfinishing this iteration, then saving (Ctrl-C again: stop now)", flush=True)
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -559,8 +316,8 @@ def train(args, state: dict | None) -> int:
     first, second = "AB" if args.direction == "AtoB" else "BA"
     A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, args, skip_log)
     B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, args, skip_log)
-    real_A = sample_pictures(args, f"test{first}", args.input_nc)
-    real_B = sample_pictures(args, f"test{second}", args.output_nc)
+    real_A = runs.sample_pictures(args, f"test{first}", args.input_nc)
+    real_B = runs.sample_pictures(args, f"test{second}", args.output_nc)
     data = datasets.UnpairedImages(A, B, args.size, not args.no_flip, args.seed)
     need = A.cache_bytes() + B.cache_bytes()
     share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -582,7 +339,7 @@ def train(args, state: dict | None) -> int:
         if place["sample"] >= len(data):  # there are fewer pictures now
             place.update(epoch=place["epoch"] + 1, sample=0)
     elif args.init_from:
-        load_initial(args.init_from, model)
+        runs.load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world  # samples
     n_steps = -(-len(data) // per_step)  # per epoch
     epochs = range(place["epoch"], args.n_epochs)
@@ -605,11 +362,11 @@ def train(args, state: dict | None) -> int:
             f"iterations on {world} x {device.type}, {utils.precision_name(dtype)}"
             f"{', compiled' if args.compile else ''}{', pictures in memory' if A.cached else ''}"
         )
-        log = Log(args, model.iteration)
+        log = runs.Log(args, model.iteration)
     latest = args.workdir / "images" / "latest.png"
     saved = time.time()
     began = saved - place["seconds"]
-    stop = StopRequest()  # before there are workers, so that a signal does not end them either
+    stop = runs.StopRequest()  # before there are workers, so that a signal does not end them either
     batches = iter(datasets.make_loader(data, sampler, args.workers, pin))
     bar = tqdm(
         total=model.iteration + max(0, steps_left(place, args.n_epochs, len(data), per_step)),
@@ -621,9 +378,9 @@ def train(args, state: dict | None) -> int:
     )
     try:
         if not state:
-            save_run(args, model, place, rank, world)
+            runs.save_run(args, model, place, rank, world)
         elif chief:
-            export(args, model)  # killed right after its last save, a run has not yet done so
+            runs.export(args, model)  # killed right after its last save, a run has not yet done so
         for epoch in epochs:
             model.start_epoch(epoch)
             lr = model.optimizer_G.param_groups[0]["lr"]
@@ -643,14 +400,14 @@ def train(args, state: dict | None) -> int:
                         log.write(epoch + 1, model.iteration, values, lr, place["seconds"])
                         bar.set_postfix({k: f"{values[k]:.3f}" for k in ("D", "G", "cycle")})
                 if chief and model.iteration % args.sample_every == 0:
-                    save_samples(model, real_A, real_B, latest)
+                    runs.save_samples(model, real_A, real_B, latest)
                     log.draw(latest, model.iteration)
                 due = time.time() - saved > 60 * args.save_minutes
                 asked_to_stop, due = agree(world, stop.signal, due)
                 if asked_to_stop or done:
                     break
                 if due:
-                    save_run(args, model, place, rank, world)
+                    runs.save_run(args, model, place, rank, world)
                     saved = time.time()
             if place["sample"] < len(data):
                 break  # asked to stop in the middle of an epoch
@@ -663,19 +420,19 @@ def train(args, state: dict | None) -> int:
                     f"domain a second, {waiting:.1f}% of the time waiting for data"
                 )
                 grid = args.workdir / "images" / f"epoch_{epoch + 1:03d}.png"
-                save_samples(model, real_A, real_B, grid)
+                runs.save_samples(model, real_A, real_B, grid)
                 log.draw(grid, model.iteration)
             place.update(epoch=epoch + 1, sample=0)
             if chief and args.eval_every and (epoch + 1) % args.eval_every == 0:
-                place["best"] = evaluate(args, model, log, epoch + 1, place["best"])
-            save_run(args, model, place, rank, world)
+                place["best"] = runs.keep_best(args, model, log, epoch + 1, place["best"])
+            runs.save_run(args, model, place, rank, world)
             saved = time.time()
             if asked_to_stop:
                 break
         number = agree(world, stop.signal)[0]
         if number:
             if place["sample"]:
-                save_run(args, model, place, rank, world)
+                runs.save_run(args, model, place, rank, world)
             if chief:
                 bar.write(
                     f"stopped and saved at epoch {place['epoch'] + 1}, iteration "
@@ -732,21 +489,6 @@ def report_epoch(args, epoch: int, n_steps: int, values: dict, lr: float, bar: t
         f"cycle: {values['cycle']:.6f}, identity: {values['identity']:.6f}] "
         f"[lr: {lr:.6f}] ETA: {eta}"
     )
-
-
-def evaluate(args, model: CycleGAN, log: Log, epoch: int, best: float | None) -> float | None:
-    """Measure on the test split, log it, and keep the best generators in `models/best/`."""
-    import test  # test.py, which imports nothing from here
-
-    measures, score = test.measure(args, model.best_generators(), model.device, model.dtype)
-    log.write_measures(epoch, model.iteration, measures)
-    if best is not None and score >= best:
-        return best
-    folder = utils.make_folder(args.workdir / "models" / "best")
-    for name, net in model.best_generators().items():
-        utils.save_tensors(folder / f"{name}.pth", net.state_dict())
-    utils.save_json(folder / "options.json", args.options)
-    return score
 
 
 # ------------------------------------------------------------------------------------------------
@@ -859,6 +601,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# what a resume cannot change, because the saved weights would not fit or would mean something else
+FIXED = ("netG", "n_residual_blocks", "ngf", "upsample", "norm", "dropout", "netD", "n_layers_D")
+FIXED += ("ndf", "input_nc", "output_nc", "direction")
+
+
 def resume(args: argparse.Namespace, state: dict) -> argparse.Namespace:
     """The run's own options, but for those typed again; says which changed.
 
@@ -948,7 +695,7 @@ def main(args: argparse.Namespace) -> int:
     if args.resume and args.restart:
         raise UserError("--resume and --restart are opposites: give one of them")
     if args.resume:
-        state = load_run(args.workdir)
+        state = runs.load_run(args.workdir)
         args = resume(args, state)
     elif any(models.glob("train_state*.pth")) and chief and not args.restart:
         raise UserError(
@@ -973,7 +720,7 @@ def main(args: argparse.Namespace) -> int:
         if chief:
             utils.remove_temporary_files(folder)
     if args.restart and chief:
-        clear_run(args.workdir)
+        runs.clear_run(args.workdir)
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"
     with utils.explain_out_of_memory(advice):
         code = train(args, state)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import errno
 import json
 import math
@@ -19,7 +18,7 @@ from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 
 # ------------------------------------------------------------------------------------------------
 # Errors and exit codes
@@ -142,17 +141,6 @@ def disk_is_full(folder: Path) -> bool:
     finally:
         remove(probe)
     return False
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a log; a torn last line, should the power fail, is dropped by `trim_log`."""
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free some space") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -385,89 +373,3 @@ def lr_factor(policy: str, epoch: int, n_epochs: int, decay_epoch: int) -> float
     if policy == "cosine":
         return (1 + math.cos(math.pi * epoch / n_epochs)) / 2
     return 1.0
-
-
-# ------------------------------------------------------------------------------------------------
-# The log and its plot
-
-
-def trim_log(path: Path, iteration: int) -> None:
-    """Drop the rows of a CSV log past `iteration`: a resumed run will write them again."""
-    if not path.exists():
-        return
-    lines = path.read_text().split("\n")[:-1]  # what has no end of line was torn
-    if not lines:
-        path.unlink()  # not even a header
-        return
-    kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[1]) <= iteration]
-    with atomic_write(path) as file:
-        file.write("".join(line + "\n" for line in kept).encode())
-
-
-def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV log."""
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))
-    return {
-        name: [float(row[i]) for row in rows[1:] if len(row) == len(rows[0])]
-        for i, name in enumerate(rows[0])
-    }
-
-
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
-
-
-def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
-    """Draw columns of a CSV log over the iterations, with Pillow alone (no plotting library).
-
-    The faint line is the logged value, the strong one its running mean over a 50th of the run.
-    """
-    columns = read_log(log)
-    steps = columns["iteration"]
-    if len(steps) < 2:
-        return
-    scale = 2  # drawn twice as large and shrunk: Pillow's lines are not antialiased
-    width, height, left, right, top, bottom = 900, 420, 56, 130, 34, 44
-    picture = Image.new("RGB", (width * scale, height * scale), "white")
-    draw = ImageDraw.Draw(picture)
-
-    def text(x, y, words, fill="#333333", anchor="la", size=13):
-        draw.text((x * scale, y * scale), words, fill, anchor=anchor, font_size=size * scale)
-
-    values = sorted(value for name in names for value in columns[name])
-    peak = values[int(0.995 * len(values))] * 1.1  # one spike shall not flatten the rest
-    unit = 10 ** math.floor(math.log10(max(peak, 1e-9)))
-    tick = next(unit * f for f in (0.1, 0.2, 0.5, 1, 2) if peak / (unit * f) <= 8)
-    span = max(steps[-1] - steps[0], 1)
-
-    def place(step, value):
-        x = left + (width - left - right) * (step - steps[0]) / span
-        y = height - bottom - (height - top - bottom) * min(value, peak) / peak
-        return x * scale, y * scale
-
-    for i in range(int(peak / tick) + 1):
-        (x0, y), (x1, _) = place(steps[0], i * tick), place(steps[-1], i * tick)
-        draw.line((x0, y, x1, y), "#e6e6e6", scale)
-        text(left - 6, y / scale, f"{i * tick:.4g}", anchor="rm")
-    for i in range(6):
-        step = steps[0] + span * i / 5
-        text(place(step, 0)[0] / scale, height - bottom + 8, f"{step:.0f}", anchor="ma")
-    text((left + width - right) / 2, height - 18, "iteration", anchor="ma")
-    text(left, 10, "losses")
-    window = max(1, len(steps) // 50)
-    for number, name in enumerate(names):
-        values, colour = columns[name], COLOURS[number % len(COLOURS)]
-        mean, total = [], 0.0
-        for i, value in enumerate(values):
-            total += value - (values[i - window] if i >= window else 0)
-            mean.append(total / min(i + 1, window))
-        faint = Image.blend(
-            Image.new("RGB", (1, 1), colour), Image.new("RGB", (1, 1), "white"), 0.7
-        )
-        draw.line(
-            [place(*p) for p in zip(steps, values, strict=True)], faint.getpixel((0, 0)), scale
-        )
-        draw.line([place(*p) for p in zip(steps, mean, strict=True)], colour, 2 * scale)
-        text(width - right + 12, top + 20 * number, f"{name} {mean[-1]:.3f}", colour)
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    save_picture(path, picture)

@@ -16,6 +16,7 @@ from torch import nn
 
 import datasets
 import models
+import runs
 import test as test_script
 import train
 import utils
@@ -184,7 +185,7 @@ def test_trains_and_round_trips(run, rgb, tmp_path, options):
     for name, net in model.networks().items():
         pairs = zip(net.parameters(), model.first[name].parameters(), strict=True)
         assert any(not torch.equal(new, old) for new, old in pairs), f"{name} learned nothing"
-    log = utils.read_log(tmp_path / "logs" / "losses.csv")
+    log = runs.read_log(tmp_path / "logs" / "losses.csv")
     assert all(math.isfinite(log[name][-1]) for name in ("D", "G", "adv", "cycle", "identity"))
     round_trip(model, tmp_path)
 

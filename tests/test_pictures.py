@@ -1,0 +1,486 @@
+"""Pictures of all kinds are read alike, and wrecks are skipped, told once, and harm nothing."""
+
+import io
+import random
+import re
+import shutil
+import struct
+import time
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_files
+import tiny
+import torch
+from PIL import Image
+
+import datasets
+import test as test_script  # or pytest would collect it
+import train
+import utils
+from datasets import UnreadableImage, load_image
+from utils import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Finding them
+
+
+def test_list_images(tmp_path):
+    pictures = ["b.jpg", "a.JPEG", "C.PnG", "d.bmp", "e.webp", "f.tif", "g.TIFF", "h.ppm"]
+    pictures += ["sub/a.png", "sub/deeper/z.png", "Zebra/1.jpg", "10.jpg", "9.jpg", "ä ö.png"]
+    others = ["notes.txt", "jpg", "a.jpg.part", "sub/b.gif.bak", ".hidden/x.png", "Thumbs.db"]
+    for name in pictures + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    assert datasets.list_images(tmp_path) == sorted(pictures)
+
+
+def test_both_layouts(tmp_path):
+    for name in ("one/trainA/x.png", "two/train/A/x.png"):
+        tiny.draw(tmp_path / name, 0)
+    assert datasets.find_split(tmp_path / "one", "trainA") == tmp_path / "one" / "trainA"
+    assert datasets.find_split(tmp_path / "two", "trainA") == tmp_path / "two" / "train" / "A"
+    with pytest.raises(UserError, match="no folder .*testB .*python download.py one"):
+        datasets.find_split(tmp_path / "one", "testB")
+    (tmp_path / "one" / "testB").mkdir()
+    with pytest.raises(UserError, match="testB holds no picture"):
+        datasets.find_split(tmp_path / "one", "testB")
+
+
+def test_train_slash_A_layout(dataroot, tmp_path):
+    for split in ("train", "test"):
+        for side in "AB":
+            shutil.copytree(dataroot / f"{split}{side}", tmp_path / "data" / split / side)
+    tiny.run(dataroot, tmp_path / "one", "--n_epochs 1")
+    tiny.run(tmp_path / "data", tmp_path / "two", "--n_epochs 1")
+    assert not tiny.differences(tiny.outcome(tmp_path / "one"), tiny.outcome(tmp_path / "two"))
+
+
+def test_a_large_folder(tmp_path):
+    """Listing 20,000 files takes a moment and little memory: a million would too."""
+    n, folder = 20_000, tmp_path / "trainA"
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"picture_{i:07d}.jpg").touch()
+    tiny.draw(folder / "picture_0000000.png", 0)
+    options = train.parse_args(["--size", "24", "--load_size", "26"])
+    began = time.process_time()
+    tracemalloc.start()
+    domain = datasets.Domain(tmp_path, "trainA", 3, options, tmp_path / "skipped.txt")
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    seconds = time.process_time() - began
+    print(f"{size / n:.0f} bytes and {1e6 * seconds / n:.1f} microseconds a file")
+    assert len(domain) == n + 1 and size / n < 300 and seconds < 5
+
+
+# ------------------------------------------------------------------------------------------------
+# Every kind of picture, against what plain arithmetic expects
+
+COLOURS = np.array(
+    [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [255, 255, 255], [90, 120, 30]]], np.uint8
+)  # (2, 3, 3)
+
+
+def saved(image: Image.Image, path: Path, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("extension", ["png", "bmp", "tif", "tiff", "ppm"])
+def test_lossless(extension, tmp_path):
+    path = saved(Image.fromarray(COLOURS), tmp_path / f"x.{extension}")
+    assert np.array_equal(load_image(path), COLOURS)
+
+
+@pytest.mark.parametrize(("extension", "most"), [("jpg", 3), ("webp", 3)])
+def test_lossy(extension, most, tmp_path):
+    smooth = np.full((16, 16, 3), (200, 90, 30), np.uint8)
+    path = saved(Image.fromarray(smooth), tmp_path / f"x.{extension}", quality=95)
+    assert abs(load_image(path).astype(int) - smooth).max() <= most
+
+
+def test_the_name_does_not_matter(tmp_path):
+    path = saved(Image.fromarray(COLOURS), tmp_path / "x.png")
+    assert np.array_equal(load_image(path.rename(tmp_path / "x.jpg")), COLOURS)
+
+
+def test_modes(tmp_path):
+    grey = np.array([[0, 128, 255]], np.uint8)  # (1, 3)
+    as_rgb = np.repeat(grey[..., None], 3, axis=2)
+    path = saved(Image.fromarray(grey), tmp_path / "grey.png")
+    assert np.array_equal(load_image(path), as_rgb)
+    assert np.array_equal(load_image(path, 1), grey[..., None])
+
+    path = saved(Image.fromarray(grey > 100), tmp_path / "bits.png")
+    assert load_image(path)[0, :, 0].tolist() == [0, 255, 255]
+
+    palette = Image.fromarray(COLOURS).quantize(8)
+    path = saved(palette, tmp_path / "palette.png")
+    assert np.array_equal(load_image(path), np.array(palette.convert("RGB")))
+
+    # alpha over white: a * colour + (1 - a) * 255
+    alpha = np.array([[0, 51, 255], [255, 102, 204]], np.uint8)
+    rgba = np.dstack([COLOURS, alpha])
+    a = alpha[..., None] / 255
+    path = saved(Image.fromarray(rgba), tmp_path / "alpha.png")
+    assert abs(load_image(path) - (a * COLOURS + (1 - a) * 255)).max() <= 1
+    assert np.array_equal(load_image(path, 4), rgba)
+    path = saved(
+        Image.fromarray(np.dstack([grey, [[0, 51, 255]]]).astype(np.uint8)), tmp_path / "la.png"
+    )
+    assert load_image(path)[0, :, 0].tolist() == [255, 230, 255]
+    hole = palette.getpixel((0, 1))
+    path = saved(palette, tmp_path / "hole.png", transparency=hole)
+    assert load_image(path)[1, 0].tolist() == [255, 255, 255]
+
+    cmyk = Image.fromarray(np.full((8, 8, 4), (0, 255, 255, 0), np.uint8), "CMYK")
+    for name in ("cmyk.tif", "cmyk.jpg"):
+        red = load_image(saved(cmyk, tmp_path / name)).astype(int)
+        assert abs(red - (255, 0, 0)).max() <= 4, name
+    assert load_image(path, 3).dtype == np.uint8
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_16_bits(extension, tmp_path):
+    deep = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    path = saved(Image.fromarray(deep), tmp_path / f"x.{extension}")
+    one = load_image(path, 1)
+    assert one.dtype == np.uint16 and np.array_equal(one[..., 0], deep)
+    three = load_image(path, 3)
+    assert three.dtype == np.uint8 and three.shape == (1, 5, 3)
+    assert three[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    assert load_image(path, 4)[0, :, 3].tolist() == [255] * 5  # opaque
+
+
+def test_16_bits_of_colour(tmp_path):
+    rows = b"".join(b"\0" + struct.pack(">6H", 65535, 0, 32768, 256, 255, 0) for _ in range(2))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    assert load_image(tmp_path / "x.png")[0].tolist() == [[255, 0, 128], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation, tmp_path):
+    """The eight ways to hold a camera, by what the standard says of row 0 and column 0."""
+    x = COLOURS
+    turned = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.transpose(1, 0, 2)]
+    turned += [np.rot90(x, -1), x[::-1, ::-1].transpose(1, 0, 2), np.rot90(x)]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(Image.fromarray(x), tmp_path / "x.png", exif=exif)
+    assert np.array_equal(load_image(path), turned[orientation - 1])
+
+
+def test_arrays(tmp_path):
+    five = np.random.default_rng(0).integers(0, 65536, (4, 6, 5), dtype=np.uint16)
+    np.save(tmp_path / "five.npy", five)
+    assert np.array_equal(load_image(tmp_path / "five.npy", 5), five)
+    bad = {"shape": five, "type": five.astype(float)[..., :3], "empty": five[:0, :, :3]}
+    bad |= {"objects": np.array([[[{}] * 3]], object)}
+    for name, array in bad.items():
+        np.save(tmp_path / "bad.npy", array, allow_pickle=True)
+        with pytest.raises(UnreadableImage):
+            print(name, load_image(tmp_path / "bad.npy"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Wrecks
+
+WRECKS = ("cut.jpg", "empty.png", "folder.jpg", "huge.png", "huger.png", "page.webp", "tail.png")
+
+
+def png_header(width: int, height: int) -> bytes:
+    data = b"IHDR" + struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data))
+
+
+def add_wrecks(folder: Path) -> None:
+    """One file of each kind that cannot be read, beside what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    noise.save(file, "jpeg")
+    (folder / "cut.jpg").write_bytes(file.getvalue()[:900])
+    noise.save(file := io.BytesIO(), "png")
+    (folder / "tail.png").write_bytes(file.getvalue()[:-2000])
+    (folder / "empty.png").touch()
+    (folder / "folder.jpg").mkdir()
+    (folder / "page.webp").write_text("<html>404</html>")
+    idat = struct.pack(">I", 2) + b"IDAT" + b"\0\0" + bytes(4)
+    (folder / "huge.png").write_bytes(png_header(10_000, 10_000) + idat)  # over the limit
+    (folder / "huger.png").write_bytes(png_header(60_000, 60_000) + idat)  # over twice the limit
+
+
+@pytest.fixture
+def wrecked(tmp_path):
+    root = tiny.draw_set(tmp_path / "data", 3, 2)
+    for split in ("trainA", "trainB", "testA"):
+        add_wrecks(root / split)
+    return root
+
+
+@pytest.mark.parametrize("name", WRECKS)
+def test_wreck(name, tmp_path):
+    add_wrecks(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UnreadableImage) as told:
+            load_image(tmp_path / name)
+    assert str(told.value) and "\n" not in str(told.value)
+    if name.startswith("huge"):
+        assert "limit" in str(told.value)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    "options", ["--cache on", "--cache off", "--cache off --workers 2 --eval_every 1"]
+)
+def test_a_run_goes_on(options, wrecked, tmp_path, capfd):
+    run = tmp_path / "run"
+    assert tiny.run(wrecked, run, f"--n_epochs 2 {options}") == 0
+    listed = (run / "logs" / "skipped.txt").read_text().splitlines()
+    told = re.findall(r"^skipped (.*)$", capfd.readouterr().err, re.M)
+    wanted = [str(wrecked / s / n) for s in ("trainA", "trainB") for n in WRECKS]
+    for lines in (listed, told):
+        assert sorted(line.split(": ")[0] for line in lines) == wanted, lines
+    assert tiny.resume(run, "--n_epochs 3") == 0
+    assert "skipped " not in capfd.readouterr().err  # once is enough
+    assert (run / "logs" / "skipped.txt").read_text().splitlines() == listed
+    wanted = tiny.outcome(run)
+    tiny.run(wrecked, tmp_path / "other", f"--n_epochs 3 {options} --workers 0 --cache on")
+    assert not tiny.differences(wanted, tiny.outcome(tmp_path / "other"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", "AB")
+def test_a_domain_of_wrecks(side, wrecked, tmp_path, capsys):
+    for path in (wrecked / f"train{side}").glob("?.png"):
+        path.unlink()
+    args = train.parse_args(tiny.words(wrecked, tmp_path / "run"))
+    code, line = test_files.exit_of(train.main, args, capsys)
+    assert code == 2 and f"not one of the {len(WRECKS)} pictures in" in line
+    assert f"train{side}" in line and "skipped.txt" in line
+    assert not (tmp_path / "run" / "models" / "train_state.pth").exists()
+
+
+@pytest.mark.parametrize("options", ["--cache off", "--cache off --workers 1"])
+def test_pictures_that_vanish(options, dataroot, tmp_path, monkeypatch, capsys):
+    """They were there at the start; the message is one line even if a worker sends it."""
+    data = Path(shutil.copytree(dataroot, tmp_path / "data"))
+    step = train.CycleGAN.step
+
+    def vanish(self, batches):
+        shutil.rmtree(data / "trainA", ignore_errors=True)
+        return step(self, batches)
+
+    monkeypatch.setattr(train.CycleGAN, "step", vanish)
+    args = train.parse_args(tiny.words(data, tmp_path / "run", f"--n_epochs 99 {options}"))
+    code, line = test_files.exit_of(train.main, args, capsys)
+    assert code == 2 and line.startswith("error: not one of the 5 pictures in"), line
+    assert tiny.read_state(tmp_path / "run")["epoch"] < 99
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_translating_wrecks(wrecked, tmp_path, capsys):
+    test_files.save_generators(tmp_path)
+    assert test_script.main(test_files.test_args(tmp_path, f"--dataroot {wrecked}")) == 1
+    told = capsys.readouterr().out
+    assert "A2B: 2 of 9 pictures translated" in told and "B2A: 2 of 2" in told
+    listed = re.findall(r"^could not be read: (.*?): ", told, re.M)
+    assert listed == [str(wrecked / "testA" / name) for name in WRECKS]
+    assert datasets.list_images(tmp_path / "outputs" / "B") == ["0.png", "1.png"]
+    args = test_files.test_args(tmp_path, f"--input {wrecked}/testA/cut.jpg")
+    assert test_script.main(args) == 1
+    args = test_files.test_args(tmp_path, f"--input {wrecked}/testA/0.png")
+    assert test_script.main(args) == 0
+
+
+def test_one_line_for_each_wreck(wrecked, tmp_path, capfd):
+    """As a user runs it, Pillow's own warnings are not added to ours."""
+    args = train.parse_args(tiny.words(wrecked, tmp_path / "run", "--n_epochs 1"))
+    with pytest.raises(SystemExit), warnings.catch_warnings():
+        utils.run(train.main, args)
+    told = capfd.readouterr().err
+    assert "Warning" not in told and told.count("skipped ") == 2 * len(WRECKS)
+
+
+# ------------------------------------------------------------------------------------------------
+# A sample is a function of (seed, epoch, index)
+
+
+def samples(dataroot: Path, tmp_path: Path, cache: bool, workers: int, first: int = 0) -> list:
+    options = train.parse_args(["--size", "24", "--load_size", "26"])
+    domains = [
+        datasets.Domain(dataroot, split, 3, options, tmp_path / "skipped.txt")
+        for split in ("trainA", "trainB")
+    ]
+    if cache:
+        for domain in domains:
+            domain.cache()
+    data = datasets.UnpairedImages(*domains, 24, seed=3)
+    sampler = datasets.RunSampler(len(data), 2, 2, range(2), first)
+    return [torch.cat(batch) for batch in datasets.make_loader(data, sampler, workers, False)]
+
+
+def test_samples(dataroot, tmp_path):
+    torch.manual_seed(1)
+    wanted = samples(dataroot, tmp_path, cache=True, workers=0)
+    assert len(wanted) == 6 and wanted[0].shape == (4, 3, 24, 24)
+    assert len({batch.numpy().tobytes() for batch in wanted}) == 6
+    before = torch.get_rng_state()
+    for cache, workers in ((False, 0), (False, 2), (True, 2)):
+        torch.rand(7)  # and whatever else was drawn before
+        drawn = samples(dataroot, tmp_path, cache, workers)
+        assert all(torch.equal(a, b) for a, b in zip(drawn, wanted, strict=True))
+    late = samples(dataroot, tmp_path, cache=False, workers=0, first=4)
+    assert all(torch.equal(a, b) for a, b in zip(late, wanted[2:], strict=True))
+    torch.set_rng_state(before)
+    samples(dataroot, tmp_path, cache=False, workers=2)
+    assert torch.equal(before, torch.get_rng_state())  # a resumed run has the same dropout
+
+
+def test_time_waiting_is_told(dataroot, tmp_path, capsys):
+    tiny.run(dataroot, tmp_path, "--n_epochs 1")
+    assert re.search(r"\d+\.\d% of the time waiting for data", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile files
+
+
+def originals() -> dict[str, bytes]:
+    """Real files of all formats, modes and ways to store them."""
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8))
+    smooth = Image.linear_gradient("L").resize((32, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {
+        "a.jpg": (colour, {"exif": exif}),
+        "progressive.jpg": (colour, {"progressive": True}),
+        "grey.jpg": (smooth, {}),
+        "cmyk.jpg": (colour.convert("CMYK"), {}),
+        "a.png": (colour, {"exif": exif}),
+        "palette.png": (colour.quantize(16), {"transparency": 3}),
+        "alpha.png": (colour.convert("RGBA"), {}),
+        "bits.png": (smooth.convert("1"), {}),
+        "deep.png": (Image.fromarray(np.asarray(smooth).astype(np.uint16) * 257), {}),
+        "a.bmp": (colour, {}),
+        "palette.bmp": (smooth.quantize(200), {}),
+        "a.webp": (colour, {"exif": exif.tobytes()}),
+        "lossless.webp": (colour.convert("RGBA"), {"lossless": True}),
+        "a.tif": (colour, {}),
+        "lzw.tif": (colour, {"compression": "tiff_lzw"}),
+        "deflate.tif": (smooth, {"compression": "tiff_adobe_deflate"}),
+        "jpeg.tif": (colour, {"compression": "jpeg"}),
+        "fax.tif": (smooth.convert("1"), {"compression": "group4"}),
+        "float.tif": (smooth.convert("F"), {}),
+        "a.ppm": (colour, {}),
+        "grey.ppm": (smooth, {}),
+        "a.gif": (colour.quantize(64), {}),
+    }
+    files = {}
+    for name, (image, options) in kinds.items():
+        kind = {"jpg": "jpeg", "tif": "tiff"}.get(name[-3:], name.rpartition(".")[2])
+        image.save(file := io.BytesIO(), kind, **options)
+        files[name] = file.getvalue()
+    np.save(file := io.BytesIO(), np.asarray(colour))
+    return {**files, "a.npy": file.getvalue()}
+
+
+def flip(data: bytearray, rng: random.Random, other: bytes) -> bytearray:
+    for _ in range(rng.choice((1, 3, 30))):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return data
+
+
+def cut(data: bytearray, rng: random.Random, other: bytes) -> bytearray:
+    return data[: rng.randrange(len(data))]
+
+
+def cut_out(data: bytearray, rng: random.Random, other: bytes) -> bytearray:
+    start = rng.randrange(len(data))
+    return data[:start] + data[start + rng.randrange(1, 200) :]
+
+
+def splice(data: bytearray, rng: random.Random, other: bytes) -> bytearray:
+    return data[: rng.randrange(len(data))] + other[rng.randrange(len(other)) :]
+
+
+def blow_up(data: bytearray, rng: random.Random, other: bytes) -> bytearray:
+    """A number of the header becomes large, wherever it is and whatever its byte order."""
+    place = rng.randrange(min(len(data) - 8, 200))
+    number = rng.choice((0, 1, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**32 - 1, 20_000))
+    form = rng.choice(("<I", ">I", "<H", ">H"))
+    data[place : place + struct.calcsize(form)] = struct.pack(
+        form, number % 256 ** struct.calcsize(form)
+    )
+    return data
+
+
+def large_png(data: bytearray, rng: random.Random, other: bytes) -> bytearray:
+    """A sound header, checksum and all, with a size that the data does not fill."""
+    return bytearray(png_header(rng.choice((9000, 30_000)), rng.choice((1, 9000)))) + data[33:]
+
+
+def peak_memory(forget: bool = False) -> int:
+    """The most bytes that this process has held; `forget` starts over."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory in /proc")
+def test_hostile_files(tmp_path):
+    """1500 mutated files: each gives a picture or UnreadableImage, and memory stays bounded."""
+    files = originals()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_image(tmp_path / name).shape[2] == 3, name  # sound as they are
+    rng, names = random.Random(0), sorted(files)
+    read = refused = 0
+    ways = (flip, flip, cut, cut_out, splice, blow_up, blow_up, large_png)
+    before = peak_memory(forget=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(1500):
+            name, way = rng.choice(names), ways[i % len(ways)]
+            mutated = way(bytearray(files[name]), rng, files[rng.choice(names)])
+            path = tmp_path / f"mutated{Path(name).suffix}"
+            path.write_bytes(mutated)
+            channels = rng.choice((1, 3, 3, 4))
+            try:
+                picture = load_image(path, channels)
+            except UnreadableImage as error:
+                assert str(error)
+                refused += 1
+                continue
+            assert picture.ndim == 3 and picture.shape[2] == channels and picture.size
+            assert picture.dtype == np.uint8 or (picture.dtype == np.uint16 and channels == 1)
+            read += 1
+    grown = (peak_memory() - before) / 2**20
+    print(f"{read} read, {refused} refused, {grown:.0f} MiB more at most")
+    assert read > 100 and refused > 500
+    assert grown < 1500  # a picture just within Pillow's limit of 89 million pixels takes this much
+
+
+def test_no_other_format_is_tried(tmp_path):
+    """PostScript, for one, would have Ghostscript run it."""
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.jpg").write_bytes(script)
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        load_image(tmp_path / "x.jpg")

@@ -1,0 +1,547 @@
+"""A run that is stopped, anyhow and anywhere, loses nothing."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    ROOT,
+    copy_run,
+    differences,
+    draw_set,
+    outcome,
+    read_state,
+    resume,
+    run,
+    words,
+)
+
+import runs
+import train
+import utils
+from utils import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Exactness
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Lets the run get a signal in the middle of iterations of one's choice."""
+    moments = {}
+    step = train.CycleGAN.step
+
+    def step_and_stop(self, batches):
+        result = step(self, batches)
+        if self.iteration in moments:
+            signal.raise_signal(moments.pop(self.iteration))
+        return result
+
+    monkeypatch.setattr(train.CycleGAN, "step", step_and_stop)
+    return lambda iteration, number=signal.SIGTERM: moments.update({iteration: number})
+
+
+# every part of the state matters in one of these: the random numbers (dropout), full and unfilled
+# buffers, averages, the identity loss of the last step, accumulated and filled-up batches
+RUNS = {
+    "cached": "--dropout --cache on --id_every 2",
+    "from disk": "--dropout --cache off --id_every 2",
+    "two workers": "--dropout --cache off --id_every 2 --workers 2",
+    "small buffers": "--dropout --pool_size 2 --ema 0 --lr_policy cosine",
+    "accumulated": "--dropout --batch_size 2 --accumulate 2 --n_epochs 4 --pool_size 3",
+    "batch norm": "--norm batch --batch_size 2 --upsample nearest --gan_mode hinge",
+}
+
+
+def undisturbed(dataroot: Path, options: str, folder: Path) -> dict:
+    assert run(dataroot, folder, options) == 0
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_stopped_again_and_again(name, dataroot, tmp_path, stop_at):
+    """Stopped after each second iteration or so, at the ends of epochs too: the same bytes."""
+    wanted = undisturbed(dataroot, RUNS[name], tmp_path / "whole")
+    last = read_state(tmp_path / "whole")["iteration"]
+    stops = [1, 2, 5, 7, 10, 14] if last == 15 else list(range(1, last))
+    stops = stops[1::2] if name == "two workers" else stops  # starting workers takes time
+    workdir = tmp_path / "stopped"
+    stop_at(stops[0])
+    assert run(dataroot, workdir, RUNS[name]) == 143
+    for stop in stops[1:]:
+        assert read_state(workdir)["iteration"] < stop
+        stop_at(stop)
+        assert resume(workdir) == 143
+    assert resume(workdir) == 0
+    assert differences(wanted, outcome(workdir)) == []
+
+
+def test_stopped_at_each_iteration(tmp_path, stop_at):
+    """One run for each iteration that it can be stopped at."""
+    dataroot = draw_set(tmp_path / "data", 3, 2)
+    wanted = undisturbed(dataroot, "--dropout --n_epochs 2", tmp_path / "whole")
+    for stop in range(1, 7):
+        workdir = tmp_path / str(stop)
+        stop_at(stop, signal.SIGINT)
+        assert run(dataroot, workdir, "--dropout --n_epochs 2") == 130
+        assert read_state(workdir)["iteration"] == stop
+        assert resume(workdir) == 0
+        assert differences(wanted, outcome(workdir)) == [], f"stopped at {stop}"
+
+
+def test_where_the_pictures_come_from_changes_nothing(dataroot, tmp_path):
+    options = "--dropout --n_epochs 1"
+    wanted = undisturbed(dataroot, options + " --cache on", tmp_path / "cached")
+    for number, more in enumerate(("--cache off", "--cache off --workers 2")):
+        workdir = tmp_path / str(number)
+        assert run(dataroot, workdir, f"{options} {more}") == 0
+        assert differences(wanted, outcome(workdir)) == [], more
+
+
+def test_the_comparison_sees_a_difference(dataroot, tmp_path):
+    wanted = undisturbed(dataroot, "--n_epochs 1", tmp_path / "whole")
+    run(dataroot, tmp_path / "other", "--n_epochs 1 --seed 1")
+    found = differences(wanted, outcome(tmp_path / "other"))
+    assert {".netG_A2B.model.1.weight", ".ranks.0.random"} <= set(found)
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_options_come_from_the_run(dataroot, tmp_path, capsys, stop_at):
+    stop_at(3)
+    run(dataroot, tmp_path, "--lr 0.001 --lambda_cyc 7")
+    capsys.readouterr()
+    assert resume(tmp_path, "--lr 0.002 --beta1 0.4 --n_epochs 2") == 0
+    told = capsys.readouterr().out
+    assert "--lr is now 0.002 (the run had 0.001)" in told
+    assert "--beta1 is now 0.4 (the run had 0.5)" in told
+    assert "--n_epochs is now 2 (the run had 3)" in told
+    assert "lambda_cyc" not in told and "--size" not in told
+    state = read_state(tmp_path)
+    assert state["epoch"] == 2 and state["args"]["lambda_cyc"] == 7 and state["args"]["ngf"] == 2
+    group = state["optimizer_G"]["param_groups"][0]
+    assert group["initial_lr"] == 0.002 and tuple(group["betas"]) == (0.4, 0.999)
+
+
+@pytest.mark.parametrize(
+    "option", ["--ngf 4", "--n_residual_blocks 2", "--norm batch", "--upsample nearest", "--ndf 4"]
+)
+def test_architecture_cannot_change(option, dataroot, tmp_path):
+    undisturbed(dataroot, "--n_epochs 1", tmp_path)
+    before = (tmp_path / "models" / "train_state.pth").read_bytes()
+    name, new = option.split()
+    with pytest.raises(UserError, match=f"{name} is .* and cannot become {new}.*another --workdir"):
+        resume(tmp_path, option)
+    assert (tmp_path / "models" / "train_state.pth").read_bytes() == before
+    assert resume(tmp_path, "--ngf 2 --ndf 2") == 0  # what it is already may be said again
+
+
+def test_longer_run(dataroot, tmp_path):
+    """A finished run goes on with more epochs, and is then the run it would have been."""
+    wanted = undisturbed(dataroot, "--dropout --lr_policy constant --n_epochs 4", tmp_path / "four")
+    run(dataroot, tmp_path / "two", "--dropout --lr_policy constant --n_epochs 2")
+    assert resume(tmp_path / "two") == 0  # nothing to do
+    assert resume(tmp_path / "two", "--n_epochs 4") == 0
+    assert differences(wanted, outcome(tmp_path / "two")) == []
+
+
+def test_other_batch_size(dataroot, tmp_path, stop_at):
+    """Three of an epoch's five samples were seen, one at a time; two are left for one batch."""
+    stop_at(3)
+    run(dataroot, tmp_path)
+    assert resume(tmp_path, "--batch_size 2") == 0
+    assert read_state(tmp_path)["iteration"] == 3 + 1 + 3 + 3
+
+
+def test_other_pictures(dataroot, tmp_path, stop_at):
+    """The run stood at sample 4 of 5; with three pictures the epoch is over."""
+    stop_at(4)
+    run(dataroot, tmp_path / "run")
+    fewer = draw_set(tmp_path / "data", 3, 3)
+    more = f"--dataroot {fewer} --ema 0 --pool_size 2 --amp bf16"
+    assert resume(tmp_path / "run", more) == 0
+    assert read_state(tmp_path / "run")["iteration"] == 4 + 3 + 3
+    assert not list((tmp_path / "run" / "models").glob("*_ema.pth"))  # test.py would prefer them
+
+
+def test_used_workdir(dataroot, tmp_path):
+    undisturbed(dataroot, "--n_epochs 1", tmp_path)
+    before = outcome(tmp_path)
+    with pytest.raises(UserError, match="already holds a run.*--resume.*--restart"):
+        run(dataroot, tmp_path)
+    with pytest.raises(UserError, match="--resume and --restart are opposites"):
+        run(dataroot, tmp_path, "--resume --restart")
+    assert differences(before, outcome(tmp_path)) == []
+    assert run(dataroot, tmp_path, "--restart --n_epochs 1 --seed 5 --ema 0") == 0
+    assert read_state(tmp_path)["args"]["seed"] == 5 and read_state(tmp_path)["iteration"] == 5
+    assert len((tmp_path / "logs" / "losses.csv").read_text().splitlines()) == 6
+    assert not (tmp_path / "models" / "netG_A2B_ema.pth").exists()
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="cannot resume: there is no checkpoint .*train first"):
+        resume(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals, to real processes
+
+
+def start(command: list, **more) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        **more,
+    )
+
+
+def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
+    """Wait until a log has so many lines."""
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= lines:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never had {lines} lines")
+
+
+def rows(workdir: Path) -> list[int]:
+    """The iterations that the log has rows of."""
+    return [int(value) for value in runs.read_log(workdir / "logs" / "losses.csv")["iteration"]]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "options"),
+    [
+        (signal.SIGINT, 130, "--cache on"),
+        (signal.SIGTERM, 143, "--cache off --workers 2"),
+    ],
+)
+def test_signal(number, code, options, dataroot, tmp_path):
+    """To the whole process group, as a terminal or a batch system sends it: workers get it too."""
+    command = [ROOT / "train.py", *words(dataroot, tmp_path, f"--n_epochs 9000 {options}")]
+    process = start(command, start_new_session=True)
+    wait_for(tmp_path / "logs" / "losses.csv", 4, process)
+    os.killpg(process.pid, number)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    assert f"go on with --workdir {tmp_path} --resume" in told and "Traceback" not in told
+    state = read_state(tmp_path)
+    assert state["iteration"] == rows(tmp_path)[-1]  # the iteration was finished and saved
+    assert resume(tmp_path, f"--n_epochs {state['epoch'] + 1}") == 0
+    assert rows(tmp_path) == list(range(1, 5 * (state["epoch"] + 1) + 1))
+
+
+SLOW = """
+import sys, time
+import train, utils
+
+def slow(self, batches):
+    print("in an iteration", flush=True)
+    time.sleep(100)
+
+train.CycleGAN.step = slow
+utils.run(train.main, train.parse_args(sys.argv[1:]))
+"""
+
+
+def test_second_interrupt_stops_at_once(dataroot, tmp_path):
+    process = start(["-c", SLOW, *words(dataroot, tmp_path)])
+    for line in process.stdout:
+        if "in an iteration" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None  # the first one waits for the iteration
+    began = time.time()
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.time() - began < 10
+    assert "Traceback" not in told
+    assert read_state(tmp_path)["iteration"] == 0  # as saved before
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that torchrun started, in order of their rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = re.search(r"^PPid:\s+(\d+)", (folder / "status").read_text(), re.M)
+            if parent and int(parent[1]) == launcher:
+                rank = re.search(rb"\0RANK=(\d+)\0", (folder / "environ").read_bytes())
+                if rank:
+                    found[int(rank[1])] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("target", ["launcher", "rank 1"])
+def test_ranks_stop_together(target, dataroot, tmp_path, stop_at):
+    command = [*TORCHRUN, ROOT / "train.py", *words(dataroot, tmp_path, "--n_epochs 9000")]
+    process = start(command)
+    try:
+        wait_for(tmp_path / "logs" / "losses.csv", 4, process)
+        pids = ranks_of(process.pid)
+        assert len(pids) == 2
+        os.kill(process.pid if target == "launcher" else pids[1], signal.SIGTERM)
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert f"go on with --workdir {tmp_path} --resume" in told, told
+    assert 'train.py", line' not in told, told  # torchrun's own traceback is not ours
+    state = read_state(tmp_path)
+    assert len(state["ranks"]) == 2
+    assert state["iteration"] == rows(tmp_path)[-1]
+    stop_at(state["iteration"] + 5)
+    assert resume(tmp_path) == 143  # one process goes on with what two began
+    assert rows(tmp_path) == list(range(1, state["iteration"] + 6))
+
+
+def gradients(workdir: Path, optimizer: str) -> torch.Tensor:
+    """Of a run's first step, all in one vector: Adam's first moment is (1 - beta1) times it."""
+    moments = read_state(workdir)[optimizer]["state"].values()
+    return torch.cat([moment["exp_avg"].flatten() for moment in moments]) / (1 - 0.5)
+
+
+def test_two_ranks_are_one_large_batch(tmp_path):
+    data = draw_set(tmp_path / "data", 2, 2)
+    options = "--pool_size 0 --n_epochs 1 --decay_epoch 0"
+    process = start([*TORCHRUN, ROOT / "train.py", *words(data, tmp_path / "two", options)])
+    told, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, told
+    run(data, tmp_path / "one", options + " --batch_size 2")
+    one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
+    assert one["iteration"] == two["iteration"] == 1
+    for optimizer in ("optimizer_G", "optimizer_D"):
+        a, b = gradients(tmp_path / "one", optimizer), gradients(tmp_path / "two", optimizer)
+        assert (a - b).norm() < 2e-6 * a.norm()
+    biases = 0
+    for name, weight in one["netG_A2B"].items():  # biases before a norm move by rounding alone
+        if name.endswith(".weight") or name == "model.15.bias":
+            assert torch.allclose(weight, two["netG_A2B"][name], atol=1e-6), name
+        biases += name.endswith(".bias")
+    assert biases
+    apart, together = (runs.read_log(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
+    for name in ("D", "G", "adv", "cycle", "identity"):
+        assert apart[name] == pytest.approx(together[name], abs=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# kill -9
+
+
+def run_as_a_process(argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    utils.run(train.main, train.parse_args(argv))
+
+
+def start_run(context, argv: list[str]) -> multiprocessing.Process:
+    process = context.Process(target=run_as_a_process, args=(argv,))
+    process.start()
+    return process
+
+
+def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
+    """Kill one run so often, at random moments, each time going on with it; then let it end.
+
+    It saves after each iteration, so that many kills come while files are being written. The
+    processes are forked from one that has PyTorch loaded already, which saves seconds for each.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    dataroot = draw_set(folder / "data", 50, 10)
+    options = f"--dropout --pool_size 4 --n_epochs {n_epochs}"
+    whole, workdir = folder / "whole", folder / "killed"
+    process = start_run(context, words(dataroot, whole, options))  # also starts the server
+    process.join()
+    assert process.exitcode == 0
+    options += " --save_minutes 0 --sample_every 7"
+    began = time.time()
+    process = start_run(
+        context, words(draw_set(folder / "few", 1, 1), folder / "short", "--n_epochs 1")
+    )
+    process.join()
+    start_up = time.time() - began
+
+    rng = random.Random(0)
+    counts = {"kills": 0, "before the first state": 0, "while writing": 0, "within the run": 0}
+    models, began = workdir / "models", time.time()
+    while counts["kills"] < kills:
+        begun = any(models.glob("train_state*.pth"))
+        argv = ["--workdir", str(workdir), "--resume"] if begun else []
+        process = start_run(context, argv or words(dataroot, workdir, options))
+        process.join(rng.uniform(0, 1.5 * start_up) if counts["kills"] else 0.05)
+        assert process.exitcode is None, f"the run ended after {counts['kills']} kills"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        counts["kills"] += 1
+        counts["while writing"] += bool(list(workdir.glob("*/.*.tmp")))
+        if any(models.glob("train_state*.pth")):
+            counts["within the run"] += 1
+            runs.load_run(workdir)  # can be gone on with
+        else:
+            counts["before the first state"] += 1
+        for path in models.glob("net*.pth"):
+            utils.load_tensors(path)  # an exported file is there as a whole or not at all
+    counts["seconds"] = round(time.time() - began)
+    process = start_run(context, ["--workdir", str(workdir), "--resume", "--save_minutes", "10"])
+    process.join()
+    assert process.exitcode == 0
+    assert differences(outcome(whole), outcome(workdir)) == []
+    assert not list(workdir.glob("**/.*.tmp"))
+    assert rows(workdir) == list(range(1, 50 * n_epochs + 1))
+    print(counts)
+    return counts
+
+
+def test_kill_short(tmp_path):
+    counts = kill_loop(tmp_path, kills=5, n_epochs=3)
+    assert counts["within the run"] >= 1
+
+
+def test_kill_long(long, tmp_path):
+    counts = kill_loop(tmp_path, kills=60, n_epochs=20)
+    assert counts["within the run"] >= 30 and counts["while writing"] >= 1
+
+
+# ------------------------------------------------------------------------------------------------
+# What the state is lost to, and bad numbers
+
+
+def test_newest_state_damaged(dataroot, tmp_path, capsys, stop_at):
+    """Truncated, or one bit of it changed: the state before is taken, and the end is the same."""
+    wanted = undisturbed(dataroot, "--dropout", tmp_path / "whole")
+    stop_at(8)
+    run(dataroot, tmp_path / "run", "--dropout")
+    before = (tmp_path / "run" / "models" / "train_state.pth").read_bytes()
+    middle = len(before) // 2
+    damages = {
+        "cut": before[:middle],
+        "flipped": before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :],
+        "empty": b"",
+        "missing": None,
+    }
+    for name, damaged in damages.items():
+        workdir = copy_run(tmp_path / "run", tmp_path / name)
+        path = workdir / "models" / "train_state.pth"
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        capsys.readouterr()
+        assert resume(workdir) == 0
+        assert re.search(
+            r"train_state\.pth.*; going on from .*train_state\.prev\.pth", capsys.readouterr().out
+        )
+        assert differences(wanted, outcome(workdir)) == [], name
+
+
+def test_killed_between_two_renames(dataroot, tmp_path, capsys, stop_at):
+    """The previous state is moved away, the new one has not got its name yet: it is found."""
+    wanted = undisturbed(dataroot, "--n_epochs 2", tmp_path / "whole")
+    stop_at(8)
+    run(dataroot, tmp_path / "run", "--n_epochs 2")
+    models = tmp_path / "run" / "models"
+    (models / "train_state.pth").rename(models / "train_state.new.pth")
+    assert resume(tmp_path / "run") == 0
+    assert "train_state.new.pth" in capsys.readouterr().out
+    assert differences(wanted, outcome(tmp_path / "run")) == []
+
+
+def test_killed_before_the_networks_were_exported(dataroot, tmp_path):
+    run(dataroot, tmp_path, "--n_epochs 1")
+    wanted = outcome(tmp_path)
+    for path in (tmp_path / "models").glob("net*.pth"):
+        path.unlink()
+    assert resume(tmp_path) == 0
+    assert differences(wanted, outcome(tmp_path)) == []
+
+
+def test_torn_logs(dataroot, tmp_path, stop_at):
+    """Lines past the state or without an end are written again; a file without a header too."""
+    wanted = undisturbed(dataroot, "--n_epochs 2 --eval_every 1", tmp_path / "whole")
+    measures = (tmp_path / "whole" / "logs" / "metrics.csv").read_text()
+    stop_at(8)
+    run(dataroot, tmp_path / "run", "--n_epochs 2 --eval_every 1")
+    for name, more in {"rows": "2,9,1,1,1,1,1,1,9\n2,10,1,1,", "header": None}.items():
+        workdir = copy_run(tmp_path / "run", tmp_path / name)
+        log = workdir / "logs" / "losses.csv"
+        log.write_text(log.read_text() + more) if more else log.write_text("")
+        with open(workdir / "logs" / "metrics.csv", "a") as file:
+            file.write("2,10,0.5,0.5,0.5\n2,10,0.")
+        assert resume(workdir) == 0
+        assert (workdir / "logs" / "metrics.csv").read_text() == measures
+        if more:
+            assert differences(wanted, outcome(workdir)) == []
+        else:
+            assert rows(workdir) == [9, 10]
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_diverged(log_every, dataroot, tmp_path, capsys):
+    run(dataroot, tmp_path, "--n_epochs 1")
+    models = tmp_path / "models"
+    before = {path.name: path.read_bytes() for path in models.glob("*.pth")}
+    with pytest.raises(SystemExit) as stopped:
+        argv = f"--workdir {tmp_path} --resume --n_epochs 9 --lr 1e18 --log_every {log_every}"
+        utils.run(train.main, train.parse_args(argv.split()))
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    found = re.search(r"error: the loss (\w+) is (nan|inf|-inf) at iteration (\d+)", told)
+    assert found and found[1] in ("D", "D_A", "D_B", "G", "adv", "cycle", "identity"), told
+    assert int(found[3]) <= 5 + 2 + log_every and "--lr" in told
+    assert {path.name: path.read_bytes() for path in models.glob("*.pth")} == before
+    assert resume(tmp_path, "--n_epochs 2 --lr 0.0001") == 0
+
+
+def test_state_that_is_not_finite_is_not_saved(dataroot, tmp_path, monkeypatch):
+    """The log is read too rarely to notice, but a save looks at the weights."""
+    step = train.CycleGAN.step
+
+    def poison(self, batches):
+        losses = step(self, batches)
+        if self.iteration == 3:
+            with torch.no_grad():
+                self.netD_B.model[0].weight[0, 0, 0, 0] = float("nan")
+        return losses
+
+    monkeypatch.setattr(train.CycleGAN, "step", poison)
+    with pytest.raises(UserError, match="a weight of netD_B is not finite at iteration 3"):
+        run(dataroot, tmp_path, "--log_every 1000 --save_minutes 0")
+    assert read_state(tmp_path)["iteration"] == 2
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_out_of_memory(kind, dataroot, tmp_path, monkeypatch, capsys):
+    def fail(self, batches):
+        if kind == "cuda":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(train.CycleGAN, "step", fail)
+    with pytest.raises(SystemExit) as stopped:
+        utils.run(train.main, train.parse_args(words(dataroot, tmp_path)))
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "out of memory" in told and "Traceback" not in told
+    for remedy in ("--size", "--batch_size", "--amp", "--accumulate"):
+        assert remedy in told
