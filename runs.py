@@ -8,8 +8,10 @@ import csv
 import math
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
@@ -168,22 +170,27 @@ def sample_pictures(args, split: str, channels: int, n: int = 4) -> torch.Tensor
     return torch.stack(pictures)
 
 
-def save_samples(model, real_A: torch.Tensor, real_B: torch.Tensor, path: Path) -> None:
-    """Write a grid: real A | fake B | recovered A | real B | fake A | recovered B, a row each."""
+def draw_samples(model, real_A: torch.Tensor, real_B: torch.Tensor) -> list[torch.Tensor]:
+    """real A, fake B, recovered A, real B, fake A, recovered B: each (n, C, H, W), on the host."""
     nets = model.best_generators()
+    training = {name: net.training for name, net in nets.items()}
     columns = []
+    for net in nets.values():
+        net.eval()
     for x, forth, back in ((real_A, "netG_A2B", "netG_B2A"), (real_B, "netG_B2A", "netG_A2B")):
-        training = nets[forth].training
-        for net in nets.values():
-            net.eval()
         fake = translate(nets[forth], x.to(model.device), model.dtype)
-        columns += [x, fake, translate(nets[back], fake, model.dtype)]
-        for net in nets.values():
-            net.train(training)
+        columns += [x, fake.cpu(), translate(nets[back], fake, model.dtype).cpu()]
+    for name, net in nets.items():
+        net.train(training[name])
+    return columns
+
+
+def make_grid(columns: list[torch.Tensor]) -> Image.Image:
+    """The columns of `draw_samples` side by side, under their titles."""
     titles = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
-    zoom, gap, top = -(-128 // real_A.shape[-1]), 4, 20  # small pictures are shown larger
-    cell = zoom * real_A.shape[-1]
-    rows = max(len(real_A), len(real_B))
+    size = columns[0].shape[-1]
+    cell, gap, top = size * -(-128 // size), 4, 20  # small pictures are shown larger
+    rows = max(map(len, columns))
     grid = Image.new("RGB", (6 * (cell + gap) + gap, rows * (cell + gap) + top), "white")
     draw = ImageDraw.Draw(grid)
     for i, (title, column) in enumerate(zip(titles, columns, strict=True)):
@@ -193,7 +200,7 @@ def save_samples(model, real_A: torch.Tensor, real_B: torch.Tensor, path: Path) 
             picture = datasets.to_rgb(datasets.to_array(picture))
             picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
             grid.paste(picture, (x, top + j * (cell + gap)))
-    utils.save_picture(path, grid)
+    return grid
 
 
 # ------------------------------------------------------------------------------------------------
@@ -304,6 +311,8 @@ class Log:
         trim_log(self.path.with_name("metrics.csv"), iteration)
         if not self.path.exists():
             self.append(self.names)
+        self.pool = ThreadPoolExecutor(1)
+        self.drawn = self.pool.submit(int)  # nothing yet
         self.board = None
         if not args.no_tensorboard:
             with contextlib.suppress(ImportError):
@@ -334,16 +343,26 @@ class Log:
             for name, value in measures.items():
                 self.board.add_scalar(f"measure/{name}", value, iteration)
 
-    def draw(self, grid: Path, iteration: int) -> None:
-        """Redraw the plot, and show the sample grid in TensorBoard too."""
-        plot_losses(self.path, self.path.with_suffix(".png"), self.names[2:7])
+    def show(self, columns: list[torch.Tensor], paths: list[Path], iteration: int) -> None:
+        """Write the grid of `draw_samples` to `paths`; in a thread, so that no GPU waits for it."""
+        self.drawn.result()  # tells what went wrong with the one before
+        self.drawn = self.pool.submit(self.write_grid, columns, paths, iteration)
+
+    def write_grid(self, columns: list[torch.Tensor], paths: list[Path], iteration: int) -> None:
+        grid = make_grid(columns)
+        for path in paths:
+            utils.save_picture(path, grid)
         if self.board:
-            pixels = datasets.load_image(grid)
-            self.board.add_image("samples", pixels, iteration, dataformats="HWC")
+            self.board.add_image("samples", np.asarray(grid), iteration, dataformats="HWC")
+
+    def plot(self) -> None:
+        plot_losses(self.path, self.path.with_suffix(".png"), self.names[2:7])
 
     def close(self) -> None:
+        self.pool.shutdown()
         if self.board:
             self.board.close()
+        self.drawn.result()
 
 
 class StopRequest:

@@ -376,9 +376,17 @@ def train(args, state: dict | None) -> int:
         mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
         dynamic_ncols=True,
     )
+
+    def save() -> None:
+        nonlocal saved
+        runs.save_run(args, model, place, rank, world)
+        if chief:
+            log.plot()
+        saved = time.time()
+
     try:
         if not state:
-            runs.save_run(args, model, place, rank, world)
+            save()
         elif chief:
             runs.export(args, model)  # killed right after its last save, a run has not yet done so
         for epoch in epochs:
@@ -400,15 +408,13 @@ def train(args, state: dict | None) -> int:
                         log.write(epoch + 1, model.iteration, values, lr, place["seconds"])
                         bar.set_postfix({k: f"{values[k]:.3f}" for k in ("D", "G", "cycle")})
                 if chief and model.iteration % args.sample_every == 0:
-                    runs.save_samples(model, real_A, real_B, latest)
-                    log.draw(latest, model.iteration)
+                    log.show(runs.draw_samples(model, real_A, real_B), [latest], model.iteration)
                 due = time.time() - saved > 60 * args.save_minutes
                 asked_to_stop, due = agree(world, stop.signal, due)
                 if asked_to_stop or done:
                     break
                 if due:
-                    runs.save_run(args, model, place, rank, world)
-                    saved = time.time()
+                    save()
             if place["sample"] < len(data):
                 break  # asked to stop in the middle of an epoch
             seconds, samples = time.time() - start, place["sample"] - fresh
@@ -420,19 +426,18 @@ def train(args, state: dict | None) -> int:
                     f"domain a second, {waiting:.1f}% of the time waiting for data"
                 )
                 grid = args.workdir / "images" / f"epoch_{epoch + 1:03d}.png"
-                runs.save_samples(model, real_A, real_B, grid)
-                log.draw(grid, model.iteration)
+                columns = runs.draw_samples(model, real_A, real_B)
+                log.show(columns, [grid, latest], model.iteration)
             place.update(epoch=epoch + 1, sample=0)
             if chief and args.eval_every and (epoch + 1) % args.eval_every == 0:
                 place["best"] = runs.keep_best(args, model, log, epoch + 1, place["best"])
-            runs.save_run(args, model, place, rank, world)
-            saved = time.time()
+            save()
             if asked_to_stop:
                 break
         number = agree(world, stop.signal)[0]
         if number:
             if place["sample"]:
-                runs.save_run(args, model, place, rank, world)
+                save()
             if chief:
                 bar.write(
                     f"stopped and saved at epoch {place['epoch'] + 1}, iteration "
