@@ -25,7 +25,11 @@ SMALL += ("--n_residual_blocks", "1")
 
 def type_command(*words, code: int = 0) -> str:
     """Run a script in a process of its own and give all that it printed."""
-    command = [sys.executable, ROOT / words[0], *words[1:]]
+    command = (
+        [sys.executable, *words]
+        if words[0] == "-m"
+        else [sys.executable, ROOT / words[0], *words[1:]]
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, cwd=words[-1]
@@ -88,6 +92,14 @@ def test_train_then_test(fruit, tmp_path):
     source = test.prepare(fruit / "testA" / "A0.jpg", 3, {}, None)
     shrunk = np.asarray(Image.fromarray(source).resize((32, 32), Image.Resampling.BICUBIC))
     assert (np.asarray(pair)[:, 32:] == shrunk).all()
+
+    before = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*.png")}
+    for path in before:
+        path.unlink()
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "test.py"]
+    said = type_command(*launch, "--compare", "1", "--workdir", tmp_path)  # two share the files
+    assert said.count("A2B: 2 of 2 pictures") == 1
+    assert {path: path.read_bytes() for path in before} == before
 
     type_command("test.py", "--input", fruit / "testA" / "A0.jpg", "--workdir", tmp_path)
     assert Image.open(tmp_path / "outputs" / "B" / "A0.png").size == (44, 40)  # its own size

@@ -223,6 +223,15 @@ def test_adam_is_the_papers():
     assert (args.lambda_cyc, args.lambda_id, args.load_size, args.size) == (10, 5, 286, 256)
 
 
+def test_compiled_networks_keep_their_names():
+    """Compiled in place: nothing is compiled before the first call, so this is quick."""
+    plain, compiled = CycleGAN(tiny(), CPU), CycleGAN(tiny("--compile"), CPU)
+    assert compiled.netG_A2B._compiled_call_impl is not None
+    for name, state in plain.state_dict().items():
+        if name.startswith("net"):
+            assert list(compiled.state_dict()[name]) == list(state)
+
+
 def test_bf16_step_is_close_to_float32():
     plain, mixed = CycleGAN(tiny(), CPU), CycleGAN(tiny(), CPU, torch.bfloat16)
     a, b = plain.step([pictures()]), mixed.step([pictures()])
