@@ -116,15 +116,12 @@ class CycleGAN:
         self.averages = {}
         if args.ema:
             for name in ("netG_A2B", "netG_B2A"):
-                self.averages[name] = (
-                    copy.deepcopy(self.networks()[name]).requires_grad_(False).eval()
-                )
+                average = copy.deepcopy(self.networks()[name])
+                self.averages[name] = average.requires_grad_(False).eval()
         if args.compile:
             for net in self.networks().values():
                 net.compile()  # in place: the names of the weights stay as they are
-        torch.manual_seed(
-            args.seed + rank
-        )  # same weights everywhere, but each rank its own dropout
+        torch.manual_seed(args.seed + rank)  # the same weights, but each rank its own dropout
 
         batched = args.norm != "batch"  # batch statistics of two kinds of picture must not mix
         self.generators = Generators(self.netG_A2B, self.netG_B2A, batched)
@@ -134,11 +131,8 @@ class CycleGAN:
             self.generators = DistributedDataParallel(self.generators, on)
             self.discriminators = DistributedDataParallel(self.discriminators, on)
 
-        adam = {
-            "lr": args.lr,
-            "betas": (args.beta1, 0.999),
-            "fused": device.type in ("cpu", "cuda"),
-        }
+        adam = {"lr": args.lr, "betas": (args.beta1, 0.999)}
+        adam["fused"] = device.type in ("cpu", "cuda")  # one pass over memory; the same numbers
         self.optimizer_G = torch.optim.Adam(self.generators.parameters(), **adam)
         self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -148,10 +142,12 @@ class CycleGAN:
         self.start_epoch(0)
 
     def networks(self) -> dict[str, nn.Module]:
-        names = ("netG_A2B", "netG_B2A", "netD_A", "netD_B")
-        return dict(
-            zip(names, (self.netG_A2B, self.netG_B2A, self.netD_A, self.netD_B), strict=True)
-        )
+        return {
+            "netG_A2B": self.netG_A2B,
+            "netG_B2A": self.netG_B2A,
+            "netD_A": self.netD_A,
+            "netD_B": self.netD_B,
+        }
 
     def start_epoch(self, epoch: int) -> None:
         """Set the learning rate of `epoch` (from 0); it depends on nothing that came before."""
@@ -178,9 +174,8 @@ class CycleGAN:
             drawn = self.generators(real_A, real_B, identity)
             fake_A, fake_B, rec_A, rec_B, idt_A, idt_B = drawn
             score_A, score_B = self.netD_A(fake_A), self.netD_B(fake_B)
-        adv_A, adv_B = (
-            gan_loss(s, True, args.gan_mode, generator=True) for s in (score_A, score_B)
-        )
+        adv_A = gan_loss(score_A, True, args.gan_mode, generator=True)
+        adv_B = gan_loss(score_B, True, args.gan_mode, generator=True)
         cycle_A, cycle_B = F.l1_loss(rec_A, real_A), F.l1_loss(rec_B, real_B)
         losses = {"adv": (adv_A + adv_B) / 2, "cycle": (cycle_A + cycle_B) / 2}
         losses["G"] = losses["adv"] + (args.lambda_A * cycle_A + args.lambda_B * cycle_B) / 2

@@ -353,7 +353,8 @@ class ReplayBuffer:
         return torch.stack(chosen)
 
     def state_dict(self) -> dict:
-        return {"images": self.images, "random": self.random.getstate()}
+        images = [image.cpu() for image in self.images]  # they may have to go to another rank
+        return {"images": images, "random": self.random.getstate()}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.images = [image.to(device) for image in state["images"][: self.size]]
