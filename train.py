@@ -341,7 +341,9 @@ def train(args, state: dict | None) -> int:
     sampler = datasets.RunSampler(
         len(data), args.batch_size, per_step, epochs, place["sample"], rank, world
     )
+    stop = runs.StopRequest()  # before there are workers, so that a signal does not end them either
     pin = device.type == "cuda"
+    batches = iter(datasets.make_loader(data, sampler, args.workers, pin))
 
     def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(
@@ -361,8 +363,6 @@ def train(args, state: dict | None) -> int:
     latest = args.workdir / "images" / "latest.png"
     saved = time.time()
     began = saved - place["seconds"]
-    stop = runs.StopRequest()  # before there are workers, so that a signal does not end them either
-    batches = iter(datasets.make_loader(data, sampler, args.workers, pin))
     bar = tqdm(
         total=model.iteration + max(0, steps_left(place, args.n_epochs, len(data), per_step)),
         initial=model.iteration,
