@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def options(ngf: int):
-    args = train.parse_args(["--ngf", str(ngf), "--ndf", str(ngf)])
+    args = train.parse_args(["--ngf", str(ngf), "--ndf", str(ngf), "--ema", "0"])
     train.fill_in(args)
     return args
 
@@ -26,23 +26,23 @@ def networks(plain: bench.Plain) -> dict[str, torch.nn.Module]:
 
 
 def test_plain_and_tuned_give_the_same_weights():
+    """In float64: in float32 Adam turns rounding, where a gradient is near 0, into whole steps."""
     cpu = torch.device("cpu")
     plain, tuned = bench.Plain(options(8), cpu), train.CycleGAN(options(8), cpu)
     before = {}
     for name, net in tuned.networks().items():
-        networks(plain)[name].load_state_dict(net.state_dict())
+        networks(plain)[name].double().load_state_dict(net.double().state_dict())
         before[name] = [p.detach().clone() for p in net.parameters()]
     torch.manual_seed(1)
     for _ in range(3):
-        x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+        x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64) * 2 - 1
         losses, expected = tuned.step([(x, y)]), plain.step(x, y)
         for name, value in expected.items():
-            assert losses[name].item() == pytest.approx(value, abs=1e-4), name
+            assert losses[name].item() == pytest.approx(value, abs=1e-6), name
     for name, net in tuned.networks().items():
         both = zip(net.named_parameters(), networks(plain)[name].parameters(), strict=True)
         for (key, p), q in both:
-            if not key.endswith("bias"):  # before a norm its gradient is rounding noise alone
-                torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=f"{name} {key}")
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=f"{name} {key}")
         moved = [(p - q).abs().max() for p, q in zip(net.parameters(), before[name], strict=True)]
         assert max(moved) > 3e-4  # so that "the same" does not mean "not trained"
 
