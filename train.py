@@ -359,6 +359,8 @@ def train(args, state: dict | None) -> int:
             f"iterations on {world} x {device.type}, {utils.precision_name(dtype)}"
             f"{', compiled' if args.compile else ''}{', pictures in memory' if A.cached else ''}"
         )
+        if not epochs:
+            print(f"this run has all its {args.n_epochs} epochs: a larger --n_epochs extends it")
         log = runs.Log(args, model.iteration)
     latest = args.workdir / "images" / "latest.png"
     saved = time.time()

@@ -147,11 +147,12 @@ def test_architecture_cannot_change(option, dataroot, tmp_path):
     assert resume(tmp_path, "--ngf 2 --ndf 2") == 0  # what it is already may be said again
 
 
-def test_longer_run(dataroot, tmp_path):
+def test_longer_run(dataroot, tmp_path, capsys):
     """A finished run goes on with more epochs, and is then the run it would have been."""
     wanted = undisturbed(dataroot, "--dropout --lr_policy constant --n_epochs 4", tmp_path / "four")
     run(dataroot, tmp_path / "two", "--dropout --lr_policy constant --n_epochs 2")
     assert resume(tmp_path / "two") == 0  # nothing to do
+    assert "has all its 2 epochs: a larger --n_epochs extends it" in capsys.readouterr().out
     assert resume(tmp_path / "two", "--n_epochs 4") == 0
     assert differences(wanted, outcome(tmp_path / "two")) == []
 
