@@ -152,12 +152,11 @@ class CycleGAN:
     def start_epoch(self, epoch: int) -> None:
         """Set the learning rate of `epoch` (from 0); it depends on nothing that came before."""
         args = self.args
-        self.schedulers = []
         for optimizer in (self.optimizer_G, self.optimizer_D):
             for group in optimizer.param_groups:  # a resumed run may have other ones
                 group.update(initial_lr=args.lr, betas=(args.beta1, 0.999))
             factor = lambda e: utils.lr_factor(args.lr_policy, e, args.n_epochs, args.decay_epoch)
-            self.schedulers.append(LambdaLR(optimizer, factor, last_epoch=epoch - 1))
+            LambdaLR(optimizer, factor, last_epoch=epoch - 1)  # sets it as it is made
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

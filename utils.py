@@ -1,4 +1,4 @@
-"""What the scripts share: errors, safe files, device and precision, the image buffer, the log."""
+"""What the scripts share: errors, safe files, device and precision, the image buffer."""
 
 import argparse
 import contextlib
