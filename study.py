@@ -1,14 +1,13 @@
 """Train recipes x seeds unattended and write one table of what each is worth: `result/study.md`.
 
-    python study.py --recipe classic="--ema 0 --id_every 1" --recipe default="" --seeds 5
+    python study.py --recipe default="--demo" --recipe classic="--demo --classic" --seeds 5
 
-Stopped at any point and started again, it goes on where it was: finished runs are kept, a
-broken-off one is resumed. The error of a run is that of its test split, where the truth is known
-(the same names in testA and testB); both the last weights and their moving average are judged.
+Each run is train.py, test.py and evaluate.py, in a folder of its own under `study/`. Stopped at any
+point and started again, it goes on where it was: finished runs are kept, a broken-off one is
+resumed. The table holds every finished run in the folder, whichever call asked for it.
 """
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -18,79 +17,136 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 import runs
-import test
 import utils
-from models import load_generator
 from utils import UserError
 
-NETS = ("netG_A2B", "netG_B2A")
+# heading, key in result/metrics.json, what a unit of it is, decimals
+MEASURES = (
+    ("error", "error", 1, 3),
+    ("RMSE", "rmse", 1, 1),
+    ("under 5, %", "under_5", 0.01, 1),
+    ("under 10, %", "under_10", 0.01, 1),
+    ("cycle", "cycle", 1, 3),
+    ("KID", "kid", 1, 4),
+)
 
 
-def run_once(folder: Path, options: list[str], threads: int) -> dict:
-    """Train in `folder` unless that is done, and give the figures of the run."""
-    done = folder / "figures.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    utils.make_folder(folder)
-    again = ["--resume"] if any((folder / "models").glob("train_state*.pth")) else []
-    script = Path(__file__).with_name("train.py")
-    command = [sys.executable, script, *options, "--workdir", folder, "--no_tensorboard", *again]
+def run_script(name: str, folder: Path, options: list[str], threads: int) -> None:
+    """Run a script of this folder as its own process; what it prints goes to `output.txt`.
+
+    Raises:
+        UserError: it ended with another code than 0.
+    """
+    script = Path(__file__).with_name(name)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "output.txt", "ab") as output:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, script, *options, "--workdir", folder]
         code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
     if code:
-        raise UserError(f"the run in {folder} ended with code {code}: see {output.name}")
-    figures = {"minutes": runs.read_log(folder / "logs" / "losses.csv")["seconds"][-1] / 60}
-    models, device = folder / "models", torch.device("cpu")
-    run = argparse.Namespace(**test.read_options(models))
-    run.dataroot = Path(run.dataroot)
-    for kind in ("last", "average"):
-        paths = {name: test.find_weights(models, name, kind == "last") for name in NETS}
-        nets = {name: load_generator(path) for name, path in paths.items()}
-        figures[kind] = test.measure(run, nets, device, None)[0]
-    utils.save_json(done, figures)
-    return figures
+        raise UserError(f"{name} ended with code {code}: see {folder / 'output.txt'}")
 
 
-def ratio(figures: dict, kind: str, direction: str) -> float:
-    """The error of a run's translations over the error of doing nothing."""
-    measures = figures[kind]
-    return measures[f"error_{direction}"] / measures[f"nothing_{direction}"]
+def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, seed: int) -> None:
+    """Train in `folder` and measure, unless that is done; the figures go to `figures.json`.
+
+    Raises:
+        UserError: a script failed, or the folder holds a run of other options.
+    """
+    command = f"python train.py {options}".strip()
+    if (folder / "figures.json").exists():
+        done = json.loads((folder / "figures.json").read_text())["command"]
+        if done != command:
+            raise UserError(f"{folder} is done with `{done}`: give --recipe {name} another name")
+        return
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    utils.make_folder(folder)
+    again = ["--resume"] if any((folder / "models").glob("train_state*.pth")) else []
+    typed = [*shlex.split(options), "--seed", str(seed), "--no_tensorboard", *again]
+    run_script("train.py", folder, typed, threads)
+    trained = json.loads((folder / "models" / "options.json").read_text())
+    figures = {
+        "data": Path(trained["dataroot"]).name,
+        "recipe": name,
+        "command": command,
+        "minutes": runs.read_log(folder / "logs" / "losses.csv")["seconds"][-1] / 60,
+    }
+    no_fid = [] if args.kid else ["--no_fid"]
+    for kind, last in (("last", ["--last"]), ("average", [])):
+        if kind == "last" or trained["ema"]:
+            run_script("test.py", folder, last, threads)
+            run_script("evaluate.py", folder, [*last, *no_fid], threads)
+            figures[kind] = json.loads((folder / "result" / "metrics.json").read_text())
+    utils.save_json(folder / "figures.json", figures)
 
 
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and the standard deviation where there is more than one."""
+    words = f"{statistics.mean(values):.{digits}f}"
+    return f"{words} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else words
 
 
-def make_table(results: dict[str, list[dict]], commands: dict[str, str]) -> str:
-    """A row for each recipe and kind of weights: mean and standard deviation over the seeds."""
-    rows = [
-        "| recipe | weights | A2B | B2A | seeds | minutes |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, done in results.items():
-        for kind in ("last", "average"):
-            cells = [spread([ratio(run, kind, way) for run in done]) for way in ("A2B", "B2A")]
-            minutes = statistics.mean(run["minutes"] for run in done)
-            rows.append(f"| {name} | {kind} | {' | '.join(cells)} | {len(done)} | {minutes:.1f} |")
-    listed = [f"- {name}: `python train.py {command}`" for name, command in commands.items()]
-    return "\n".join([*rows, "", *listed])
+def make_row(name: str, kind: str, direction: str, done: list[dict]) -> list[str]:
+    """Measures of one recipe with one kind of weights; empty where there are none."""
+    cells = [f"{name}, {kind} weights"]
+    for _, key, unit, digits in MEASURES:
+        values = [run[kind][direction]["translation"].get(key) for run in done]
+        if key == "error" and None not in values:
+            nothing = [run[kind][direction]["nothing"]["error"] for run in done]
+            values = [value / other for value, other in zip(values, nothing, strict=True)]
+        cells.append("" if None in values else spread([v / unit for v in values], digits))
+    return [*cells, f"{statistics.mean(run['minutes'] for run in done):.1f}", str(len(done))]
+
+
+def make_tables(figures: list[dict]) -> str:
+    """For each data set and direction a row for each recipe and kind of weights."""
+    lines = []
+    for data in dict.fromkeys(run["data"] for run in figures):
+        recipes: dict[str, list[dict]] = {}
+        for run in figures:
+            if run["data"] == data:
+                recipes.setdefault(run["recipe"], []).append(run)
+        for direction in ("A2B", "B2A"):
+            rows = [["recipe", *(head for head, *_ in MEASURES), "minutes", "seeds"]]
+            for name, done in recipes.items():
+                kinds = [kind for kind in ("last", "average") if kind in done[0]]
+                rows += [make_row(name, kind, direction, done) for kind in kinds]
+            columns = [c for c in zip(*rows, strict=True) if any(c[1:])]  # those with figures
+            head, *rest = (f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+            lines += [f"## {data}, {direction}", "", head, "|---" * len(columns) + "|", *rest, ""]
+        lines += [f"- {name}: `{done[0]['command']}`" for name, done in recipes.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+HEAD = """# What each recipe is worth
+
+Mean ± standard deviation over the seeds, on the test split. error: mean absolute error against the
+truth where source and truth differ, over that of doing nothing. RMSE is over 0 to 255. under 5 and
+10: the share of pixels whose largest channel error is below that. cycle: mean absolute difference
+of a picture and its way there and back, in [0, 1]. minutes: of training, by the clock.
+
+"""
+
+
+def write_table(folder: Path, path: Path) -> str:
+    done = sorted(folder.glob("*/figures.json"), key=lambda file: file.stat().st_mtime)
+    text = HEAD + make_tables([json.loads(file.read_text()) for file in done])
+    with utils.atomic_write(path) as file:
+        file.write(text.encode())
+    return text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare recipes over several seeds.")
-    parser.add_argument("--base", default="--demo", help="options of every run (--demo)")
     parser.add_argument(
         "--recipe",
         action="append",
         metavar="NAME=OPTIONS",
-        help="a recipe and its options, as often as there are recipes (default=)",
+        help="a recipe and its options for train.py; give several (default=--demo)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe (5)")
+    parser.add_argument("--kid", action="store_true", help="KID and FID too (slow on a CPU)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--folder", type=Path, default=Path("study"), help="where runs go (study)")
     utils.add_workdir(parser)
@@ -99,30 +155,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Run what is not done yet, and write the table anew after every run."""
-    commands = {}
-    for recipe in args.recipe or ["default="]:
+    recipes = {}
+    for recipe in args.recipe or ["default=--demo"]:
         name, equals, options = recipe.partition("=")
         if not equals or not name.replace("_", "").isalnum():
             raise UserError(f"--recipe {recipe} is not of the form NAME=OPTIONS")
-        commands[name] = f"{args.base} {options}".strip()
-    jobs = [(seed, name) for seed in range(args.seeds) for name in commands]
-    results: dict[str, list[dict]] = {name: [] for name in commands}
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        recipes[name] = options.strip()
+    jobs = [(seed, name) for seed in range(args.seeds) for name in recipes]
     table = utils.make_folder(args.workdir / "result") / "study.md"
 
     def work(job: tuple[int, str]) -> None:
         seed, name = job
-        options = [*shlex.split(commands[name]), "--seed", str(seed)]
-        results[name].append(run_once(args.folder / f"{name}_{seed}", options, threads))
-        written = make_table({n: done for n, done in results.items() if done}, commands)
-        head = f"Error against the truth over that of doing nothing, {datetime.date.today()}:"
-        with utils.atomic_write(table) as file:
-            file.write(f"{head}\n\n{written}\n".encode())
+        run_once(args.folder / f"{name}_{seed}", name, recipes[name], args, seed)
+        write_table(args.folder, table)
         print(f"{name}, seed {seed}: done")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, jobs))
-    print(table.read_text())
+    print(write_table(args.folder, table))
 
 
 if __name__ == "__main__":

@@ -499,6 +499,9 @@ def report_epoch(args, epoch: int, n_steps: int, values: dict, lr: float, bar: t
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
 DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4}
 
+# what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
+CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0}
+
 
 def option(group, names: str, default, words: str, **more) -> None:
     """Add an option whose type is that of its default; False makes a flag."""
@@ -523,6 +526,7 @@ def make_parser() -> argparse.ArgumentParser:
     option(
         g, "--demo", False, "draw a small set of pictures if need be, and train on it in minutes"
     )
+    option(g, "--classic", False, "the paper: --batch_size 1 --lr 2e-4 --id_every 1 --ema 0")
     option(g, "--workdir", Path("."), "where models/, images/, logs/, outputs/, result/ go")
     option(g, "--resume", False, "go on with the run in --workdir")
     option(g, "--restart", False, "overwrite the run in --workdir")
@@ -596,6 +600,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     marked = argparse.Namespace(**dict.fromkeys(vars(args), untyped))
     typed = vars(parser.parse_args(argv, marked))
     args.given = [name for name in typed if typed[name] is not untyped]
+    if args.classic:  # as if these had been typed, so that a resume takes them too
+        preset = {k: v for k, v in CLASSIC.items() if k not in args.given}
+        vars(args).update(preset)
+        args.given += preset
     if args.demo:
         preset = {"dataroot": args.workdir / "dataset" / "demo", **DEMO}
         vars(args).update({k: v for k, v in preset.items() if k not in args.given})

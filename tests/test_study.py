@@ -1,5 +1,6 @@
 """Recipes x seeds: the table, and that finished runs are kept."""
 
+import json
 import statistics
 
 import pytest
@@ -9,32 +10,58 @@ import study
 from utils import UserError
 
 
-def figures(*errors: float) -> dict:
+def figures(recipe: str, errors: list[float], minutes: float = 3.0) -> dict:
     """A run's figures: errors of A2B and B2A of the last weights, half of them for the average."""
-    kinds = {}
+    run = {"data": "demo", "recipe": recipe, "command": f"python train.py {recipe}"}
+    run["minutes"] = minutes
     for kind, factor in (("last", 1), ("average", 0.5)):
-        A2B, B2A = (factor * error for error in errors)
-        kinds[kind] = {"error_A2B": A2B, "nothing_A2B": 0.2, "error_B2A": B2A, "nothing_B2A": 0.4}
-    return {"minutes": 3.0, **kinds}
+        run[kind] = {}
+        for way, error, nothing in zip(("A2B", "B2A"), errors, (0.2, 0.4), strict=True):
+            made = {"error": factor * error, "rmse": 20.0, "under_5": 0.25, "under_10": 0.5}
+            run[kind][way] = {"translation": made, "nothing": {"error": nothing}}
+    return run
 
 
 def test_table():
-    runs = [figures(0.1, 0.1), figures(0.14, 0.1)]
-    table = study.make_table({"plain": runs}, {"plain": "--demo --amp off"})
+    done = [figures("plain", [0.1, 0.1], 3), figures("plain", [0.14, 0.1], 4)]
+    done.append(figures("other", [0.1, 0.1]))
+    del done[2]["average"]  # trained with --ema 0
+    lines = study.make_tables(done).splitlines()
     deviation = statistics.stdev([0.5, 0.7])
-    assert f"| plain | last | 0.600 ± {deviation:.3f} | 0.250 ± 0.000 | 2 | 3.0 |" in table
-    assert "| plain | average | 0.300" in table
-    assert "- plain: `python train.py --demo --amp off`" in table
+    both = lines[lines.index("## demo, A2B") :]
+    assert both[2] == "| recipe | error | RMSE | under 5, % | under 10, % | minutes | seeds |"
+    rest = "20.0 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 | 3.5 | 2 |"
+    assert both[4] == f"| plain, last weights | 0.600 ± {deviation:.3f} | {rest}"
+    assert both[5] == f"| plain, average weights | 0.300 ± {deviation / 2:.3f} | {rest}"
+    assert both[6] == "| other, last weights | 0.500 | 20.0 | 25.0 | 50.0 | 3.0 | 1 |"
+    back = lines[lines.index("## demo, B2A") :]
+    assert back[4] == f"| plain, last weights | 0.250 ± 0.000 | {rest}"
+    assert "- plain: `python train.py plain`" in lines
+
+
+def test_table_of_unpaired_pictures():
+    """Without a truth there is the cycle error, and no column of empty cells."""
+    run = figures("plain", [0.1, 0.1])
+    for way in ("A2B", "B2A"):
+        for kind in ("last", "average"):
+            run[kind][way] = {"translation": {"cycle": 0.05}, "nothing": {}}
+    assert "| recipe | cycle | minutes | seeds |" in study.make_tables([run])
+    assert "| plain, last weights | 0.050 | 3.0 | 1 |" in study.make_tables([run])
 
 
 def test_runs_and_goes_on(tmp_path, monkeypatch):
     download.draw_demo(tmp_path / "data", n_train=2, n_test=2)
     tiny = "--size 32 --load_size 36 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_epochs 1"
-    words = ["--base", f"--dataroot {tmp_path / 'data'} {tiny}", "--recipe", "one=--amp off"]
-    words += ["--seeds", "1", "--folder", str(tmp_path / "runs"), "--workdir", str(tmp_path)]
+    recipe = f"one=--dataroot {tmp_path / 'data'} {tiny}"
+    words = ["--recipe", recipe, "--seeds", "1", "--workdir", str(tmp_path)]
+    words += ["--folder", str(tmp_path / "runs")]
     study.main(study.parse_args(words))
     table = (tmp_path / "result" / "study.md").read_text()
-    assert "| one | last | " in table and "| one | average | " in table
+    assert "| one, last weights | " in table and "| one, average weights | " in table
+
+    figures = json.loads((tmp_path / "runs" / "one_0" / "figures.json").read_text())
+    last, average = (figures[kind]["A2B"]["translation"]["error"] for kind in ("last", "average"))
+    assert last != average
 
     def refuse(*args, **settings):
         raise AssertionError("a finished run was started again")
@@ -42,6 +69,18 @@ def test_runs_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", refuse)
     study.main(study.parse_args(words))
     assert (tmp_path / "result" / "study.md").read_text() == table
+
+    words[1] += " --lr 1e-3"
+    with pytest.raises(UserError, match="another name"):
+        study.main(study.parse_args(words))
+
+
+def test_a_failed_run_is_told(tmp_path):
+    words = ["--recipe", f"one=--dataroot {tmp_path / 'nothing'}", "--seeds", "1"]
+    words += ["--folder", str(tmp_path / "runs"), "--workdir", str(tmp_path)]
+    with pytest.raises(UserError, match="output.txt"):
+        study.main(study.parse_args(words))
+    assert "nothing" in (tmp_path / "runs" / "one_0" / "output.txt").read_text()
 
 
 def test_bad_recipe(tmp_path):

@@ -239,3 +239,15 @@ def test_bf16_step_is_close_to_float32():
         assert b[name].dtype == torch.float32
         assert b[name].item() == pytest.approx(a[name].item(), rel=0.02), name
     assert all(p.dtype == torch.float32 for p in mixed.generators.parameters())
+
+
+def test_classic_is_short_for_its_options():
+    """`--classic` is as if its options were typed; what is typed beside it goes first."""
+    classic = train.parse_args(["--demo", "--classic", "--lr", "0.001"])
+    assert (classic.batch_size, classic.id_every, classic.ema, classic.lr) == (1, 1, 0, 0.001)
+    assert classic.n_epochs == train.DEMO["n_epochs"]  # the networks and the time of the demo
+
+    run = train.parse_args(["--demo"])
+    resumed = train.resume(train.parse_args(["--resume", "--classic"]), {"args": vars(run)})
+    assert (resumed.batch_size, resumed.id_every, resumed.ema, resumed.lr) == (1, 1, 0, 2e-4)
+    assert resumed.ngf == train.DEMO["ngf"]
