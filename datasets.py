@@ -35,16 +35,19 @@ def list_images(folder: Path) -> list[str]:
     Raises:
         UserError: a folder cannot be read.
     """
-    names, waiting = [], [""]
+    names, waiting = [], [("", ())]
     try:
         while waiting:
-            prefix = waiting.pop()
+            prefix, above = waiting.pop()
+            info = os.stat(folder / prefix)
+            if (here := (info.st_dev, info.st_ino)) in above:
+                continue  # a link back to a folder that this one lies in
             with os.scandir(folder / prefix) as entries:
                 for entry in entries:
                     if entry.name.lower().endswith(EXTENSIONS):
                         names.append(prefix + entry.name)  # a folder x.jpg too: told when read
                     elif entry.is_dir() and not entry.name.startswith("."):
-                        waiting.append(f"{prefix}{entry.name}/")
+                        waiting.append((f"{prefix}{entry.name}/", (*above, here)))
     except OSError as error:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     names.sort()
@@ -121,6 +124,8 @@ def load_image(path: Path, channels: int = 3) -> np.ndarray:
         UnreadableImage: damaged, truncated, too large (Pillow's limit), or not a picture at all.
     """
     try:
+        if path.is_fifo():  # opening it would wait for ever
+            raise ValueError("it is a named pipe")
         if str(path).lower().endswith(".npy"):
             picture = np.load(path, allow_pickle=False, mmap_mode="r")
             return check_array(picture, channels)

@@ -1,6 +1,7 @@
 """Pictures of all kinds are read alike, and wrecks are skipped, told once, and harm nothing."""
 
 import io
+import os
 import random
 import re
 import shutil
@@ -38,6 +39,17 @@ def test_list_images(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     assert datasets.list_images(tmp_path) == sorted(pictures)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_are_followed_but_not_round_in_circles(tmp_path):
+    for name in ("one/x.png", "two/y.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "one" / "up").symlink_to(tmp_path)
+    (tmp_path / "two" / "three").symlink_to(tmp_path / "one")
+    names = ["one/x.png", "two/three/x.png", "two/y.png"]
+    assert datasets.list_images(tmp_path) == names
 
 
 def test_both_layouts(tmp_path):
@@ -199,7 +211,8 @@ def test_arrays(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Wrecks
 
-WRECKS = ("cut.jpg", "empty.png", "folder.jpg", "huge.png", "huger.png", "page.webp", "tail.png")
+WRECKS = ("cut.jpg", "empty.png", "folder.jpg", "huge.png", "huger.png", "page.webp")
+WRECKS += ("pipe.jpg", "tail.png")
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -218,6 +231,7 @@ def add_wrecks(folder: Path) -> None:
     (folder / "tail.png").write_bytes(file.getvalue()[:-2000])
     (folder / "empty.png").touch()
     (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
     (folder / "page.webp").write_text("<html>404</html>")
     idat = struct.pack(">I", 2) + b"IDAT" + b"\0\0" + bytes(4)
     (folder / "huge.png").write_bytes(png_header(10_000, 10_000) + idat)  # over the limit
@@ -298,7 +312,7 @@ def test_translating_wrecks(wrecked, tmp_path, capsys):
     test_files.save_generators(tmp_path)
     assert test_script.main(test_files.test_args(tmp_path, f"--dataroot {wrecked}")) == 1
     told = capsys.readouterr().out
-    assert "A2B: 2 of 9 pictures translated" in told and "B2A: 2 of 2" in told
+    assert "A2B: 2 of 10 pictures translated" in told and "B2A: 2 of 2" in told
     listed = re.findall(r"^could not be read: (.*?): ", told, re.M)
     assert listed == [str(wrecked / "testA" / name) for name in WRECKS]
     assert datasets.list_images(tmp_path / "outputs" / "B") == ["0.png", "1.png"]
