@@ -86,16 +86,16 @@ def spread(values: list[float], digits: int) -> str:
     return f"{words} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else words
 
 
-def make_row(name: str, kind: str, direction: str, done: list[dict]) -> list[str]:
-    """Measures of one recipe with one kind of weights; empty where there are none."""
-    cells = [f"{name}, {kind} weights"]
+def make_row(name: str, found: list[tuple[dict, dict]], done: list[dict]) -> list[str]:
+    """A recipe's measures from pairs (of the translation, of doing nothing), one pair for a run."""
+    cells = [name]
     for _, key, unit, digits in MEASURES:
-        values = [run[kind][direction]["translation"].get(key) for run in done]
-        if key == "error" and None not in values:
-            nothing = [run[kind][direction]["nothing"]["error"] for run in done]
-            values = [value / other for value, other in zip(values, nothing, strict=True)]
+        values = [made.get(key) for made, _ in found]
+        if key == "error" and None not in values:  # "nothing" has the same pixels to judge
+            values = [made[key] / nothing[key] for made, nothing in found]
         cells.append("" if None in values else spread([v / unit for v in values], digits))
-    return [*cells, f"{statistics.mean(run['minutes'] for run in done):.1f}", str(len(done))]
+    minutes = f"{statistics.mean(run['minutes'] for run in done):.1f}" if done else ""
+    return [*cells, minutes, str(len(done) or "")]
 
 
 def make_tables(figures: list[dict]) -> str:
@@ -109,8 +109,13 @@ def make_tables(figures: list[dict]) -> str:
         for direction in ("A2B", "B2A"):
             rows = [["recipe", *(head for head, *_ in MEASURES), "minutes", "seeds"]]
             for name, done in recipes.items():
-                kinds = [kind for kind in ("last", "average") if kind in done[0]]
-                rows += [make_row(name, kind, direction, done) for kind in kinds]
+                for kind in [kind for kind in ("last", "average") if kind in done[0]]:
+                    both = [run[kind][direction] for run in done]
+                    found = [(one["translation"], one["nothing"]) for one in both]
+                    rows.append(make_row(f"{name}, {kind} weights", found, done))
+            nothing = both[0]["nothing"]
+            if nothing:
+                rows.append(make_row("doing nothing", [(nothing, nothing)], []))
             columns = [c for c in zip(*rows, strict=True) if any(c[1:])]  # those with figures
             head, *rest = (f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
             lines += [f"## {data}, {direction}", "", head, "|---" * len(columns) + "|", *rest, ""]
@@ -130,7 +135,7 @@ of a picture and its way there and back, in [0, 1]. minutes: of training, by the
 
 
 def write_table(folder: Path, path: Path) -> str:
-    done = sorted(folder.glob("*/figures.json"), key=lambda file: file.stat().st_mtime)
+    done = sorted(folder.glob("*/figures.json"))
     text = HEAD + make_tables([json.loads(file.read_text()) for file in done])
     with utils.atomic_write(path) as file:
         file.write(text.encode())

@@ -18,7 +18,7 @@ def figures(recipe: str, errors: list[float], minutes: float = 3.0) -> dict:
         run[kind] = {}
         for way, error, nothing in zip(("A2B", "B2A"), errors, (0.2, 0.4), strict=True):
             made = {"error": factor * error, "rmse": 20.0, "under_5": 0.25, "under_10": 0.5}
-            run[kind][way] = {"translation": made, "nothing": {"error": nothing}}
+            run[kind][way] = {"translation": made, "nothing": {"error": nothing, "rmse": 50.0}}
     return run
 
 
@@ -34,6 +34,7 @@ def test_table():
     assert both[4] == f"| plain, last weights | 0.600 ± {deviation:.3f} | {rest}"
     assert both[5] == f"| plain, average weights | 0.300 ± {deviation / 2:.3f} | {rest}"
     assert both[6] == "| other, last weights | 0.500 | 20.0 | 25.0 | 50.0 | 3.0 | 1 |"
+    assert both[7] == "| doing nothing | 1.000 | 50.0 |  |  |  |  |"
     back = lines[lines.index("## demo, B2A") :]
     assert back[4] == f"| plain, last weights | 0.250 ± 0.000 | {rest}"
     assert "- plain: `python train.py plain`" in lines
@@ -45,8 +46,10 @@ def test_table_of_unpaired_pictures():
     for way in ("A2B", "B2A"):
         for kind in ("last", "average"):
             run[kind][way] = {"translation": {"cycle": 0.05}, "nothing": {}}
-    assert "| recipe | cycle | minutes | seeds |" in study.make_tables([run])
-    assert "| plain, last weights | 0.050 | 3.0 | 1 |" in study.make_tables([run])
+    table = study.make_tables([run])
+    assert "| recipe | cycle | minutes | seeds |" in table
+    assert "| plain, last weights | 0.050 | 3.0 | 1 |" in table
+    assert "doing nothing" not in table
 
 
 def test_runs_and_goes_on(tmp_path, monkeypatch):
