@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import csv
 import math
 import os
@@ -25,13 +26,14 @@ from utils import UserError
 # Saving and loading
 
 
-def save_run(args, model, place: dict, rank: int = 0, world: int = 1) -> None:
-    """Write `models/train_state.pth`, keeping the one before, then the exported networks.
+def collect_state(args, model, place: dict, rank: int = 0, world: int = 1) -> dict | None:
+    """All that a resume needs, as a copy on the host: training may go on while it is written.
 
-    `place` says how far the run is: epoch (from 0), sample (within it), seconds, best.
+    `place` says how far the run is: epoch (from 0), sample (within it), seconds, best. Every rank
+    has to call this; all but the first get None.
 
     Raises:
-        UserError: a weight is not finite (nothing is written), or the disk is full.
+        UserError: a weight is not finite.
     """
     for name, net in model.networks().items():
         if not all(torch.isfinite(p).all() for p in net.parameters()):
@@ -44,30 +46,67 @@ def save_run(args, model, place: dict, rank: int = 0, world: int = 1) -> None:
         ranks = [None] * world if rank == 0 else None
         dist.gather_object(model.rank_state(), ranks)
     if rank > 0:
-        return
-    state = {**model.state_dict(), "ranks": ranks, "args": args.options, **place}
-    folder = args.workdir / "models"
+        return None
+    return copy_to_host({**model.state_dict(), "ranks": ranks, "args": args.options, **place})
+
+
+def copy_to_host(x):
+    """Nested dicts and lists with every tensor in them copied."""
+    if isinstance(x, torch.Tensor):
+        return x.to("cpu", copy=True)
+    if isinstance(x, dict):
+        copied = copy.copy(x)  # of the same kind: a state_dict has versions attached
+        copied.update({key: copy_to_host(value) for key, value in x.items()})
+        return copied
+    return [copy_to_host(value) for value in x] if isinstance(x, list) else x
+
+
+def save_state(workdir: Path, state: dict) -> None:
+    """Write `models/train_state.pth`, keeping the one before, then the exported networks.
+
+    Raises:
+        UserError: the disk is full, or the folder not writable.
+    """
+    folder = workdir / "models"
     newest, fresh = folder / "train_state.pth", folder / "train_state.new.pth"
     utils.save_tensors(fresh, state)
     if newest.exists():
         os.replace(newest, folder / "train_state.prev.pth")
     os.replace(fresh, newest)
     utils.sync_folder(folder)
-    export(args, model)
+    export(workdir, state)
 
 
-def export(args, model) -> None:
+def export(workdir: Path, state: dict) -> None:
     """Write each network as a plain state_dict (`netG_A2B.pth`, ...) and the run's options."""
-    folder = args.workdir / "models"
-    for name, net in model.networks().items():
-        utils.save_tensors(folder / f"{name}.pth", net.state_dict())
-    for name in ("netG_A2B", "netG_B2A"):
-        path = folder / f"{name}_ema.pth"
-        if name in model.averages:
-            utils.save_tensors(path, model.averages[name].state_dict())
-        else:
-            path.unlink(missing_ok=True)  # it would be older than the weights, yet preferred
-    utils.save_json(folder / "options.json", args.options)
+    folder = workdir / "models"
+    for name in ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema"):
+        if name in state:
+            utils.save_tensors(folder / f"{name}.pth", state[name])
+        else:  # an average that was here would be older than the weights, yet preferred
+            (folder / f"{name}.pth").unlink(missing_ok=True)
+    utils.save_json(folder / "options.json", state["args"])
+
+
+class Writer:
+    """A thread that writes files while the device trains; one job at a time."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.job = self.pool.submit(int)  # nothing yet
+
+    def submit(self, function, *arguments) -> None:
+        self.job.result()
+        self.job = self.pool.submit(function, *arguments)
+
+    def check(self) -> None:
+        """Raise what the last job raised, if it is done."""
+        if self.job.done():
+            self.job.result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        self.job.result()
 
 
 def load_run(workdir: Path) -> dict:
@@ -311,8 +350,7 @@ class Log:
         trim_log(self.path.with_name("metrics.csv"), iteration)
         if not self.path.exists():
             self.append(self.names)
-        self.pool = ThreadPoolExecutor(1)
-        self.drawn = self.pool.submit(int)  # nothing yet
+        self.writer = Writer()
         self.board = None
         if not args.no_tensorboard:
             with contextlib.suppress(ImportError):
@@ -344,9 +382,8 @@ class Log:
                 self.board.add_scalar(f"measure/{name}", value, iteration)
 
     def show(self, columns: list[torch.Tensor], paths: list[Path], iteration: int) -> None:
-        """Write the grid of `draw_samples` to `paths`; in a thread, so that no GPU waits for it."""
-        self.drawn.result()  # tells what went wrong with the one before
-        self.drawn = self.pool.submit(self.write_grid, columns, paths, iteration)
+        """Write the grid of `draw_samples` to `paths`."""
+        self.writer.submit(self.write_grid, columns, paths, iteration)
 
     def write_grid(self, columns: list[torch.Tensor], paths: list[Path], iteration: int) -> None:
         grid = make_grid(columns)
@@ -356,13 +393,13 @@ class Log:
             self.board.add_image("samples", np.asarray(grid), iteration, dataformats="HWC")
 
     def plot(self) -> None:
-        plot_losses(self.path, self.path.with_suffix(".png"), self.names[2:7])
+        path = self.path.with_suffix(".png")
+        self.writer.submit(plot_losses, self.path, path, self.names[2:7])
 
     def close(self) -> None:
-        self.pool.shutdown()
+        self.writer.close()
         if self.board:
             self.board.close()
-        self.drawn.result()
 
 
 class StopRequest:

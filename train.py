@@ -360,7 +360,7 @@ def train(args, state: dict | None) -> int:
         )
         if not epochs:
             print(f"this run has all its {args.n_epochs} epochs: a larger --n_epochs extends it")
-        log = runs.Log(args, model.iteration)
+        log, writer = runs.Log(args, model.iteration), runs.Writer()
     latest = args.workdir / "images" / "latest.png"
     saved = time.time()
     began = saved - place["seconds"]
@@ -375,8 +375,9 @@ def train(args, state: dict | None) -> int:
 
     def save() -> None:
         nonlocal saved
-        runs.save_run(args, model, place, rank, world)
+        current = runs.collect_state(args, model, place, rank, world)
         if chief:
+            writer.submit(runs.save_state, args.workdir, current)
             log.plot()
         saved = time.time()
 
@@ -384,7 +385,8 @@ def train(args, state: dict | None) -> int:
         if not state:
             save()
         elif chief:
-            runs.export(args, model)  # killed right after its last save, a run has not yet done so
+            # killed right after its last save, a run has not done so yet
+            runs.export(args.workdir, {**state, "args": args.options})
         for epoch in epochs:
             model.start_epoch(epoch)
             lr = model.optimizer_G.param_groups[0]["lr"]
@@ -401,6 +403,7 @@ def train(args, state: dict | None) -> int:
                 if model.iteration % args.log_every == 0 or done:
                     values = read_losses(losses, model.iteration, world)
                     if chief:
+                        writer.check()
                         log.write(epoch + 1, model.iteration, values, lr, place["seconds"])
                         bar.set_postfix({k: f"{values[k]:.3f}" for k in ("D", "G", "cycle")})
                 if chief and model.iteration % args.sample_every == 0:
@@ -431,9 +434,11 @@ def train(args, state: dict | None) -> int:
             if asked_to_stop:
                 break
         number = agree(world, stop.signal)[0]
+        if number and place["sample"]:
+            save()
+        if chief:
+            writer.close()  # what is said to be saved is on disk
         if number:
-            if place["sample"]:
-                save()
             if chief:
                 bar.write(
                     f"stopped and saved at epoch {place['epoch'] + 1}, iteration "
@@ -446,6 +451,7 @@ def train(args, state: dict | None) -> int:
         bar.close()
         if chief:
             log.close()
+            writer.close()
 
 
 def steps_left(place: dict, n_epochs: int, length: int, per_step: int) -> int:
