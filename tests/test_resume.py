@@ -531,6 +531,45 @@ def test_state_that_is_not_finite_is_not_saved(dataroot, tmp_path, monkeypatch):
     assert read_state(tmp_path)["iteration"] == 2
 
 
+def test_a_slow_disk_gets_the_state_as_it_was(dataroot, tmp_path, monkeypatch):
+    """Training goes on while the state is written, and must not change what is written."""
+    save, written = runs.save_state, {"fast": [], "slow": []}
+
+    def keep(name: str, seconds: float):
+        def save_state(workdir, state):
+            time.sleep(seconds)
+            save(workdir, state)
+            written[name].append(outcome(workdir))
+
+        return save_state
+
+    for name, seconds in (("fast", 0), ("slow", 0.2)):
+        monkeypatch.setattr(runs, "save_state", keep(name, seconds))
+        run(dataroot, tmp_path / name, "--n_epochs 3 --log_every 1000")
+    assert len(written["slow"]) == 4  # at the start and after each epoch
+    for fast, slow in zip(*written.values(), strict=True):
+        rows = [name for name in {**fast, **slow} if name.startswith("row")]
+        assert set(differences(fast, slow)) <= set(rows)  # the log is not part of the state
+    weights = [first[".netG_A2B.model.1.weight"] for first in written["slow"]]
+    assert len(set(weights)) == 4
+
+
+def test_a_save_that_fails_ends_the_run(dataroot, tmp_path, monkeypatch):
+    """It fails in a thread, yet the run does not go on for hours in vain."""
+    save, iterations = runs.save_state, []
+
+    def save_state(workdir, state):
+        iterations.append(state["iteration"])
+        if len(iterations) == 2:
+            raise UserError("the disk is full")
+        save(workdir, state)
+
+    monkeypatch.setattr(runs, "save_state", save_state)
+    with pytest.raises(UserError, match="the disk is full"):
+        run(dataroot, tmp_path, "--n_epochs 9")
+    assert iterations == [0, 5] and read_state(tmp_path)["iteration"] == 0
+
+
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_out_of_memory(kind, dataroot, tmp_path, monkeypatch, capsys):
     def fail(self, batches):
