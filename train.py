@@ -29,11 +29,8 @@ from tqdm import tqdm
 import datasets
 import runs
 import utils
-from models import (
-    Discriminator,
-    init_weights,
-    make_generator,
-)
+from demo import draw_demo
+from models import Discriminator, init_weights, make_generator
 from utils import ReplayBuffer, UserError
 
 # ------------------------------------------------------------------------------------------------
@@ -725,8 +722,6 @@ def main(args: argparse.Namespace) -> int:
     fill_in(args)
     check_options(args)
     if args.demo and chief and not args.dataroot.exists():
-        from download import draw_demo
-
         draw_demo(args.dataroot)
     for split in ("trainA", "trainB", *(("testA", "testB") if args.eval_every else ())):
         datasets.find_split(args.dataroot, split)

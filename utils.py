@@ -8,7 +8,9 @@ import math
 import os
 import pickle
 import random
+import shutil
 import sys
+import tempfile
 import uuid
 import warnings
 import zipfile
@@ -151,6 +153,32 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): free some space, make the folder "
+            "writable or choose another --workdir"
+        ) from error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` only when all is in it; UserError if it can't."""
+    make_folder(target.parent)
+    with writing(target):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import download
 import train
+from demo import draw_demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def test_demo_and_test_commands_run(tmp_path):
     assert "python test.py" in commands()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    download.draw_demo(tmp_path / "dataset" / "demo", n_train=4, n_test=2)
+    draw_demo(tmp_path / "dataset" / "demo", n_train=4, n_test=2)
     tiny = " --n_epochs 1 --size 32 --load_size 36 --ngf 4 --ndf 4 --n_residual_blocks 1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in (demo + tiny, "python test.py"):

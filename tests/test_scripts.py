@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import download
 import test
 import train
+from demo import draw_demo
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def test_train_then_test(fruit, tmp_path):
 
 
 def test_a_short_demo_run_gets_nearer_to_the_truth(tmp_path):
-    download.draw_demo(tmp_path / "data", n_train=60, n_test=8)
+    draw_demo(tmp_path / "data", n_train=60, n_test=8)
     words = "--size 32 --load_size 36 --ngf 8 --ndf 8 --n_residual_blocks 1 --amp off --lr 2e-3"
     words += " --n_epochs 8 --ema 0.98 --no_tensorboard --sample_every 10000"
     args = train.parse_args(

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-import download
 import study
+from demo import draw_demo
 from utils import UserError
 
 
@@ -53,7 +53,7 @@ def test_table_of_unpaired_pictures():
 
 
 def test_runs_and_goes_on(tmp_path, monkeypatch):
-    download.draw_demo(tmp_path / "data", n_train=2, n_test=2)
+    draw_demo(tmp_path / "data", n_train=2, n_test=2)
     tiny = "--size 32 --load_size 36 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_epochs 1"
     recipe = f"one=--dataroot {tmp_path / 'data'} {tiny}"
     words = ["--recipe", recipe, "--seeds", "1", "--workdir", str(tmp_path)]
