@@ -295,6 +295,42 @@ def add_losses(total: dict, losses: dict, n: int) -> None:
 # The loop
 
 
+def load_data(args) -> tuple[datasets.UnpairedImages, tuple[torch.Tensor, torch.Tensor]]:
+    """The training set, in memory if it fits, and the pictures that sample grids are made of."""
+    skip_log = args.workdir / "logs" / "skipped.txt"
+    first, second = "AB" if args.direction == "AtoB" else "BA"
+    A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, args, skip_log)
+    B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, args, skip_log)
+    real_A = runs.sample_pictures(args, f"test{first}", args.input_nc)
+    real_B = runs.sample_pictures(args, f"test{second}", args.output_nc)
+    need = A.cache_bytes() + B.cache_bytes()
+    share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.cache == "on" or (args.cache == "auto" and need < share):
+        A.cache()
+        B.cache()
+    data = datasets.UnpairedImages(A, B, args.size, not args.no_flip, args.seed)
+    return data, (real_A, real_B)
+
+
+def restore(model: CycleGAN, state: dict, rank: int, n_samples: int) -> dict:
+    """Put a saved state into the model; gives the place in the run at which it was saved.
+
+    Raises:
+        UserError: the state does not fit the model.
+    """
+    try:
+        model.load_state_dict(state, state["ranks"][rank % len(state["ranks"])])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            "cannot resume: the saved state does not fit its own options, so it is damaged or "
+            f"from another version ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    place = {name: state[name] for name in ("epoch", "sample", "seconds", "best")}
+    if place["sample"] >= n_samples:  # there are fewer pictures now
+        place.update(epoch=place["epoch"] + 1, sample=0)
+    return place
+
+
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
     device = utils.pick_device(args.device, args.cuda)
@@ -303,32 +339,11 @@ def train(args, state: dict | None) -> int:
     dtype = utils.pick_precision(args.amp, device)
     utils.set_backends(device, dtype)
 
-    skip_log = args.workdir / "logs" / "skipped.txt"
-    first, second = "AB" if args.direction == "AtoB" else "BA"
-    A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, args, skip_log)
-    B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, args, skip_log)
-    real_A = runs.sample_pictures(args, f"test{first}", args.input_nc)
-    real_B = runs.sample_pictures(args, f"test{second}", args.output_nc)
-    data = datasets.UnpairedImages(A, B, args.size, not args.no_flip, args.seed)
-    need = A.cache_bytes() + B.cache_bytes()
-    share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if args.cache == "on" or (args.cache == "auto" and need < share):
-        A.cache()
-        B.cache()
-
+    data, shown = load_data(args)
     model = CycleGAN(args, device, dtype, rank, world)
     place = {"epoch": 0, "sample": 0, "seconds": 0.0, "best": None}
     if state:
-        try:
-            model.load_state_dict(state, state["ranks"][rank % len(state["ranks"])])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                "cannot resume: the saved state does not fit its own options, so it is damaged or "
-                f"from another version ({str(error).splitlines()[-1].strip()})"
-            ) from error
-        place = {name: state[name] for name in place}
-        if place["sample"] >= len(data):  # there are fewer pictures now
-            place.update(epoch=place["epoch"] + 1, sample=0)
+        place = restore(model, state, rank, len(data))
     elif args.init_from:
         runs.load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world  # samples
@@ -351,9 +366,10 @@ def train(args, state: dict | None) -> int:
 
     if chief:
         print(
-            f"{len(A)} pictures of A, {len(B)} of B; {args.n_epochs} epochs of {n_steps} "
+            f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
             f"iterations on {world} x {device.type}, {utils.precision_name(dtype)}"
-            f"{', compiled' if args.compile else ''}{', pictures in memory' if A.cached else ''}"
+            f"{', compiled' if args.compile else ''}"
+            f"{', pictures in memory' if data.A.cached else ''}"
         )
         if not epochs:
             print(f"this run has all its {args.n_epochs} epochs: a larger --n_epochs extends it")
@@ -404,7 +420,7 @@ def train(args, state: dict | None) -> int:
                         log.write(epoch + 1, model.iteration, values, lr, place["seconds"])
                         bar.set_postfix({k: f"{values[k]:.3f}" for k in ("D", "G", "cycle")})
                 if chief and model.iteration % args.sample_every == 0:
-                    log.show(runs.draw_samples(model, real_A, real_B), [latest], model.iteration)
+                    log.show(runs.draw_samples(model, *shown), [latest], model.iteration)
                 due = time.time() - saved > 60 * args.save_minutes
                 asked_to_stop, due = agree(world, stop.signal, due)
                 if asked_to_stop or done:
@@ -422,7 +438,7 @@ def train(args, state: dict | None) -> int:
                     f"domain a second, {waiting:.1f}% of the time waiting for data"
                 )
                 grid = args.workdir / "images" / f"epoch_{epoch + 1:03d}.png"
-                columns = runs.draw_samples(model, real_A, real_B)
+                columns = runs.draw_samples(model, *shown)
                 log.show(columns, [grid, latest], model.iteration)
             place.update(epoch=epoch + 1, sample=0)
             if chief and args.eval_every and (epoch + 1) % args.eval_every == 0:
