@@ -11,10 +11,8 @@ plain, ...), each in a process of its own, so that neither sees the other's memo
 
 import argparse
 import contextlib
-import datetime
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -300,22 +298,6 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 # The table
 
 
-def describe(device: torch.device) -> str:
-    """Date, device, versions: what a published number is worth nothing without."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    return (
-        f"{datetime.date.today()}, {device.type}: {name}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"python {platform.python_version()}"
-    )
-
-
 def precision_of(case: argparse.Namespace) -> str:
     if case.name in ("tuned", "amp"):
         return utils.precision_name(case.dtype)
@@ -472,7 +454,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--batches, --steps, --rounds and --ngf must be at least 1")
     if any(size % 4 or size < 32 for size in args.sizes):
         raise UserError(f"--sizes are {args.sizes}, but must be multiples of 4, at least 32")
-    print(describe(device) + "\n")
+    print(f"{utils.describe(device)}, {torch.get_num_threads()} threads\n")
     if args.data:
         with tempfile.TemporaryDirectory() as folder:
             if not args.dataroot:

@@ -47,6 +47,10 @@ def run_script(name: str, folder: Path, options: list[str], threads: int) -> Non
         raise UserError(f"{name} ended with code {code}: see {folder / 'output.txt'}")
 
 
+def threads_for(args: argparse.Namespace) -> int:
+    return max(1, (os.cpu_count() or 1) // args.jobs)
+
+
 def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, seed: int) -> None:
     """Train in `folder` and measure, unless that is done; the figures go to `figures.json`.
 
@@ -59,7 +63,7 @@ def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, se
         if done != command:
             raise UserError(f"{folder} is done with `{done}`: give --recipe {name} another name")
         return
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = threads_for(args)
     utils.make_folder(folder)
     again = ["--resume"] if any((folder / "models").glob("train_state*.pth")) else []
     typed = [*shlex.split(options), "--seed", str(seed), "--no_tensorboard", *again]
@@ -134,9 +138,12 @@ of a picture and its way there and back, in [0, 1]. minutes: of training, by the
 """
 
 
-def write_table(folder: Path, path: Path) -> str:
-    done = sorted(folder.glob("*/figures.json"))
-    text = HEAD + make_tables([json.loads(file.read_text()) for file in done])
+def write_table(args: argparse.Namespace, path: Path) -> str:
+    done = sorted(args.folder.glob("*/figures.json"))
+    tables = make_tables([json.loads(file.read_text()) for file in done])
+    machine = utils.describe(utils.pick_device(None, False))
+    side_by_side = f"{args.jobs} at a time, threads of each: {threads_for(args)}"
+    text = f"{HEAD}{tables}\n{machine}; {side_by_side}\n"
     with utils.atomic_write(path) as file:
         file.write(text.encode())
     return text
@@ -172,12 +179,12 @@ def main(args: argparse.Namespace) -> None:
     def work(job: tuple[int, str]) -> None:
         seed, name = job
         run_once(args.folder / f"{name}_{seed}", name, recipes[name], args, seed)
-        write_table(args.folder, table)
+        write_table(args, table)
         print(f"{name}, seed {seed}: done")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, jobs))
-    print(write_table(args.folder, table))
+    print(write_table(args, table))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import datetime
 import errno
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import shutil
 import sys
@@ -300,6 +302,21 @@ def pick_device(name: str | None, cuda: bool) -> torch.device:
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps was asked for, but this machine has none: use --device cpu")
     return device
+
+
+def describe(device: torch.device) -> str:
+    """Date, device, versions: what a published number is worth nothing without."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    return (
+        f"{datetime.date.today()}, {device.type}: {name}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, python {platform.python_version()}"
+    )
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
