@@ -451,6 +451,7 @@ def train(args, state: dict | None) -> int:
             save()
         if chief:
             writer.close()  # what is said to be saved is on disk
+        agree(world, 0)  # the other ranks wait for it
         if number:
             if chief:
                 bar.write(
@@ -750,7 +751,7 @@ def main(args: argparse.Namespace) -> int:
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"
     with utils.explain_out_of_memory(advice):
         code = train(args, state)
-    if args.demo and code == 0 and chief:
+    if args.demo and code == 0:
         import test  # test.py, which imports nothing from here
 
         code = test.main(test.parse_args(["--workdir", str(args.workdir)]))

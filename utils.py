@@ -37,6 +37,8 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is told by us
     try:
         code = main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads must not outlive it
     except UserError as error:  # the last line, as a data worker's comes with a traceback before
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         print(f"error: {message}", file=sys.stderr)
@@ -357,9 +359,7 @@ def precision_name(dtype: torch.dtype | None) -> str:
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join the process group if torchrun started us; returns (rank, world size)."""
     if "RANK" in os.environ and not dist.is_initialized():
-        if (
-            device.type == "cuda"
-        ):  # gloo besides NCCL: the stop flag and buffers travel as CPU tensors
+        if device.type == "cuda":  # gloo too: the stop flag and buffers travel as CPU tensors
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
