@@ -96,6 +96,7 @@ class Writer:
         self.job = self.pool.submit(int)  # nothing yet
 
     def submit(self, function, *arguments) -> None:
+        """Wait for the last job, raise what it raised, and begin another."""
         self.job.result()
         self.job = self.pool.submit(function, *arguments)
 

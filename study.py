@@ -55,7 +55,7 @@ def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, se
     """Train in `folder` and measure, unless that is done; the figures go to `figures.json`.
 
     Raises:
-        UserError: a script failed, or the folder holds a run of other options.
+        UserError: a script failed, or the folder holds a finished run of other options.
     """
     command = f"python train.py {options}".strip()
     if (folder / "figures.json").exists():
