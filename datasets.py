@@ -70,8 +70,8 @@ def find_split(dataroot: Path, split: str) -> Path:
             )
     raise UserError(
         f"there is no folder {dataroot / split} (nor {dataroot / split[:-1] / split[-1]}): "
-        f"`python download.py {dataroot.name or 'apple2orange'}` fetches it if it is a known set, "
-        "`python download.py demo` draws one, or name another --dataroot"
+        f"`python -m tools.download {dataroot.name or 'apple2orange'}` fetches it if it is a known "
+        "set, `python -m tools.download demo` draws one, or name another --dataroot"
     )
 
 

@@ -379,7 +379,7 @@ class OnnxGenerator:
         except ImportError:
             raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from None
         if not Path(path).is_file():
-            raise UserError(f"there is no file {path}: python export.py writes one")
+            raise UserError(f"there is no file {path}: python -m tools.export writes one")
         try:
             self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no public base class

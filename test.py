@@ -375,7 +375,7 @@ def report(args: argparse.Namespace, results: list[dict]) -> int:
     failed = [line for result in results for line in result["failed"]]
     for line in failed:
         print(f"could not be read: {line}".encode(errors="replace").decode())
-    from report import write_report
+    from tools.report import write_report
 
     print(f"report: {write_report(args.workdir)}")
     return 1 if failed else 0

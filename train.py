@@ -27,10 +27,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import datasets
-import runs
 import utils
-from demo import draw_demo
+from lib import runs
 from models import Discriminator, init_weights, make_generator
+from tools.demo import draw_demo
 from utils import ReplayBuffer, UserError
 
 # ------------------------------------------------------------------------------------------------

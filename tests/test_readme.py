@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
-from demo import draw_demo
+from tools.demo import draw_demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,5 +95,5 @@ def test_refused_without_data(tmp_path):
     words = [word for word in shlex.split(command)[2:] if word != "--cuda"]
     args = train.parse_args([*words, "--workdir", str(tmp_path)])
     args.dataroot = tmp_path / args.dataroot
-    with pytest.raises(train.UserError, match="python download.py apple2orange"):
+    with pytest.raises(train.UserError, match="python -m tools.download apple2orange"):
         train.main(args)

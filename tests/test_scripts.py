@@ -15,7 +15,7 @@ from PIL import Image
 
 import test
 import train
-from demo import draw_demo
+from tools.demo import draw_demo
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def train_args(*words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--dataroot", "nowhere/apple2orange"), "python download.py apple2orange"),
+        (("--dataroot", "nowhere/apple2orange"), "python -m tools.download apple2orange"),
         (("--size", "48", "--load_size", "40"), "--load_size at least as large"),
         (("--n_epochs", "4", "--decay_epoch", "9"), "--decay_epoch 9 is not before the end"),
         (("--size", "30", "--load_size", "40"), "multiple of 4"),

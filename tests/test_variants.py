@@ -16,10 +16,10 @@ from torch import nn
 
 import datasets
 import models
-import runs
 import test as test_script
 import train
 import utils
+from lib import runs
 
 CPU = torch.device("cpu")
 TINY = "--ngf 4 --ndf 4 --size 32 --load_size 36 --n_epochs 1 --no_tensorboard --amp off "

@@ -57,7 +57,7 @@ def test_both_layouts(tmp_path):
         tiny.draw(tmp_path / name, 0)
     assert datasets.find_split(tmp_path / "one", "trainA") == tmp_path / "one" / "trainA"
     assert datasets.find_split(tmp_path / "two", "trainA") == tmp_path / "two" / "train" / "A"
-    with pytest.raises(UserError, match="no folder .*testB .*python download.py one"):
+    with pytest.raises(UserError, match="no folder .*testB .*python -m tools.download one"):
         datasets.find_split(tmp_path / "one", "testB")
     (tmp_path / "one" / "testB").mkdir()
     with pytest.raises(UserError, match="testB holds no picture"):

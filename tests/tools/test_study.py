@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-import study
-from demo import draw_demo
+from tools import study
+from tools.demo import draw_demo
 from utils import UserError
 
 

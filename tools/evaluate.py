@@ -1,7 +1,7 @@
 """Score the translations that test.py wrote against the real pictures of the test split.
 
-python evaluate.py                                      the run in --workdir
-python evaluate.py --inception weights-inception.pth    where the weights cannot be fetched
+python -m tools.evaluate                                      the run in --workdir
+python -m tools.evaluate --inception weights-inception.pth    where the weights cannot be fetched
 """
 
 import argparse
@@ -18,8 +18,8 @@ from tqdm import tqdm
 import datasets
 import utils
 from models import load_generator
-from report import metrics_rows, write_report
 from test import Error, find_jobs, find_weights, read_options, translate_files
+from tools.report import metrics_rows, write_report
 from utils import UserError
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # among torch-fidelity's releases

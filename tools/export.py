@@ -1,7 +1,7 @@
 """Export generators to ONNX, for onnxruntime and everything else that reads it.
 
-python export.py                                the pair of the run in --workdir
-python export.py --weights horse2zebra.pth      one published generator
+python -m tools.export                                the pair of the run in --workdir
+python -m tools.export --weights horse2zebra.pth      one published generator
 
 The files take pictures of any number and size: `input` (N, C, H, W) in [-1, 1], H and W multiples
 of the metadata's `multiple` and at least 8, gives `output` (N, C, H, W) in [-1, 1].

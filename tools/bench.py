@@ -1,8 +1,8 @@
 """How fast this repository trains and translates on the device at hand, beside the plain way.
 
-    python bench.py                     a table: the plain step beside the tuned one, then inference
-    python bench.py --lever             what each lever adds alone
-    python bench.py --data              the loader alone
+    python -m tools.bench               a table: the plain step beside the tuned one, then inference
+    python -m tools.bench --lever       what each lever adds alone
+    python -m tools.bench --data        the loader alone
 
 "Plain" is the iteration of the classic scripts: float32, one network call at a time, the losses
 read at every step. "Tuned" is what train.py and test.py do. The two run in turn (plain, tuned,

@@ -25,9 +25,9 @@ from tiny import (
     words,
 )
 
-import runs
 import train
 import utils
+from lib import runs
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
+from tools import report
 
 SECTIONS = ["Translations of test pictures", "Measures", "Progress", "Losses", "Settings"]
 METRICS = {

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-import export
 import test
 from models import Generator, UNet, init_weights, load_generator
+from tools import export
 from utils import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def save(net: torch.nn.Module, path: Path) -> Path:
@@ -38,7 +38,7 @@ def models(tmp_path_factory) -> Path:
     folder.mkdir()
     for name in ("netG_A2B", "netG_B2A", "netG_B2A_ema"):
         save(Generator(ngf=8, n_residual_blocks=1), folder / f"{name}.pth")
-    command = [sys.executable, ROOT / "export.py", "--workdir", folder.parent]
+    command = [sys.executable, "-m", "tools.export", "--workdir", folder.parent]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2 and not done.stderr, "more than a line per file"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import train
+from tools import bench
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def options(ngf: int):
@@ -71,7 +71,7 @@ def test_lever_alone_is_what_differs():
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "bench.py", "--device", "cpu", *words]
+    command = [sys.executable, "-m", "tools.bench", "--device", "cpu", *words]
     return subprocess.run(command, capture_output=True, text=True)
 
 

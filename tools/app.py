@@ -1,4 +1,4 @@
-"""A page in the browser that translates pictures: `python app.py`, then open the address it prints.
+"""A page in the browser that translates pictures: `python -m tools.app` prints its address.
 
 Everything stays on this machine: the page is served to 127.0.0.1 alone, nothing is fetched from
 elsewhere or reported to anyone, and uploaded pictures are deleted when it stops.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import download
-from demo import draw_demo
+from tools import download
+from tools.demo import draw_demo
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:

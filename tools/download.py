@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tqdm import tqdm
 
 import utils
-from demo import draw_demo
+from tools.demo import draw_demo
 from utils import UserError
 
 SERVER = "http://efrosgans.eecs.berkeley.edu/cyclegan"
@@ -234,7 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if args.zip and args.name in (None, "demo"):
-        raise UserError("--zip needs the name of the set: python download.py NAME --zip FILE")
+        raise UserError("--zip needs the name of the set: python -m tools.download NAME --zip FILE")
     if args.mirror and not re.match("https?://", args.mirror):
         raise UserError(f"--mirror {args.mirror} must start with http:// or https://")
     if args.weights:
@@ -246,11 +246,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def list_names() -> None:
-    print("sets (python download.py NAME):")
+    print("sets (python -m tools.download NAME):")
     print(f"  {'demo':24}drawn here, 700 pictures")
     for name, (size, _) in DATASETS.items():
         print(f"  {name:24}{f'{size / 1e6:.0f} MB' if size else 'size not known'}")
-    print("weights (python download.py --weights NAME), about 46 MB each:")
+    print("weights (python -m tools.download --weights NAME), about 46 MB each:")
     for name in WEIGHTS:
         print(f"  {name}")
 
@@ -259,7 +259,7 @@ def check_name(name: str, names: list[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{name} is not a known name: {hint}python download.py lists them")
+        raise UserError(f"{name} is not a known name: {hint}python -m tools.download lists them")
 
 
 def get_dataset(name: str, args: argparse.Namespace) -> None:

@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-import app
 import test
 import utils
 from models import Generator, init_weights
+from tools import app
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SECONDS = 1000  # Playwright counts in milliseconds
@@ -58,7 +58,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(run):
     """The address of a running app.py; afterwards it must have tidied up."""
-    command = [sys.executable, ROOT / "app.py", "--workdir", run, "--longest", "200", *CPU]
+    command = [sys.executable, "-m", "tools.app", "--workdir", run, "--longest", "200", *CPU]
     environment = {**os.environ, "TMPDIR": str(run / "temporary"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     line = process.stdout.readline()

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import datasets
-import evaluate
 from models import Generator, translate
+from tools import evaluate
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SIZE = 16  # of the translations; the real pictures are larger and not square
 
 
@@ -294,7 +294,7 @@ def test_bad_inception_files_are_refused(tmp_path, monkeypatch):
 
 
 def test_no_translations_yet(tmp_path):
-    command = [sys.executable, ROOT / "evaluate.py", "--workdir", tmp_path]
+    command = [sys.executable, "-m", "tools.evaluate", "--workdir", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "run `python test.py` first" in done.stderr

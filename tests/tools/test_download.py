@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import download
+from tools import download
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -363,7 +363,7 @@ def test_names(tmp_path, capsys):
 
 
 def test_as_typed(tmp_path):
-    command = [sys.executable, str(ROOT / "download.py"), "nosuch", "--workdir", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.download", "nosuch", "--workdir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nosuch is not a known name")

@@ -1,6 +1,6 @@
 """Train recipes x seeds unattended and write one table of what each is worth: `result/study.md`.
 
-    python study.py --recipe default="--demo" --recipe classic="--demo --classic" --seeds 5
+    python -m tools.study --recipe default="--demo" --recipe classic="--demo --classic" --seeds 5
 
 Each run is train.py, test.py and evaluate.py, in a folder of its own under `study/`. Stopped at any
 point and started again, it goes on where it was: finished runs are kept, a broken-off one is
@@ -17,10 +17,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import runs
 import utils
+from lib import runs
 from utils import UserError
 
+ROOT = Path(__file__).parent.parent
 # heading, key in result/metrics.json, what a unit of it is, decimals
 MEASURES = (
     ("error", "error", 1, 3),
@@ -38,10 +39,9 @@ def run_script(name: str, folder: Path, options: list[str], threads: int) -> Non
     Raises:
         UserError: it ended with another code than 0.
     """
-    script = Path(__file__).with_name(name)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     with open(folder / "output.txt", "ab") as output:
-        command = [sys.executable, script, *options, "--workdir", folder]
+        command = [sys.executable, "-m", name, *options, "--workdir", folder]
         code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
     if code:
         raise UserError(f"{name} ended with code {code}: see {folder / 'output.txt'}")
@@ -67,7 +67,7 @@ def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, se
     utils.make_folder(folder)
     again = ["--resume"] if any((folder / "models").glob("train_state*.pth")) else []
     typed = [*shlex.split(options), "--seed", str(seed), "--no_tensorboard", *again]
-    run_script("train.py", folder, typed, threads)
+    run_script("train", folder, typed, threads)
     trained = json.loads((folder / "models" / "options.json").read_text())
     figures = {
         "data": Path(trained["dataroot"]).name,
@@ -78,8 +78,8 @@ def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, se
     no_fid = [] if args.kid else ["--no_fid"]
     for kind, last in (("last", ["--last"]), ("average", [])):
         if kind == "last" or trained["ema"]:
-            run_script("test.py", folder, last, threads)
-            run_script("evaluate.py", folder, [*last, *no_fid], threads)
+            run_script("test", folder, last, threads)
+            run_script("tools.evaluate", folder, [*last, *no_fid], threads)
             figures[kind] = json.loads((folder / "result" / "metrics.json").read_text())
     utils.save_json(folder / "figures.json", figures)
 
