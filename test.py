@@ -313,10 +313,7 @@ def main(args: argparse.Namespace) -> int:
     """Translate; returns 1 if some pictures could not be read, else 0."""
     if args.size is not None and args.size < 0:
         raise UserError(f"--size is {args.size}, but must not be negative")
-    device = utils.pick_device(args.device, args.cuda)
-    rank, world = utils.start_processes(device)
-    dtype = utils.pick_precision(args.amp, device)
-    utils.set_backends(device, dtype)
+    device, dtype, rank, world = utils.setup(args)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
         raise UserError(f"there is no folder {models}: train first, or name --models or --weights")

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import datetime
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import runs
+from lib import checkpoint
+from lib.logger import Logger, load_samples
 from models import Discriminator, init_weights, make_generator
 from tools.demo import draw_demo
 from utils import ReplayBuffer, UserError
@@ -301,8 +301,8 @@ def load_data(args) -> tuple[datasets.UnpairedImages, tuple[torch.Tensor, torch.
     first, second = "AB" if args.direction == "AtoB" else "BA"
     A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, args, skip_log)
     B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, args, skip_log)
-    real_A = runs.sample_pictures(args, f"test{first}", args.input_nc)
-    real_B = runs.sample_pictures(args, f"test{second}", args.output_nc)
+    real_A = load_samples(args, f"test{first}", args.input_nc)
+    real_B = load_samples(args, f"test{second}", args.output_nc)
     need = A.cache_bytes() + B.cache_bytes()
     share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.cache == "on" or (args.cache == "auto" and need < share):
@@ -333,11 +333,8 @@ def restore(model: CycleGAN, state: dict, rank: int, n_samples: int) -> dict:
 
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
-    device = utils.pick_device(args.device, args.cuda)
-    rank, world = utils.start_processes(device)
+    device, dtype, rank, world = utils.setup(args)
     chief = rank == 0
-    dtype = utils.pick_precision(args.amp, device)
-    utils.set_backends(device, dtype)
 
     data, shown = load_data(args)
     model = CycleGAN(args, device, dtype, rank, world)
@@ -345,14 +342,16 @@ def train(args, state: dict | None) -> int:
     if state:
         place = restore(model, state, rank, len(data))
     elif args.init_from:
-        runs.load_initial(args.init_from, model)
+        checkpoint.load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world  # samples
     n_steps = -(-len(data) // per_step)  # per epoch
     epochs = range(place["epoch"], args.n_epochs)
     sampler = datasets.RunSampler(
         len(data), args.batch_size, per_step, epochs, place["sample"], rank, world
     )
-    stop = runs.StopRequest()  # before there are workers, so that a signal does not end them either
+    stop = (
+        utils.StopRequest()
+    )  # before there are workers, so that a signal does not end them either
     pin = device.type == "cuda"
     batches = iter(datasets.make_loader(data, sampler, args.workers, pin))
 
@@ -364,34 +363,25 @@ def train(args, state: dict | None) -> int:
             for x in next(batches)
         )
 
+    remaining = max(0, steps_left(place, args.n_epochs, len(data), per_step))
+    log = Logger(args, rank, model.iteration, model.iteration + remaining)
+    saver = checkpoint.Saver(args, rank, world)
     if chief:
-        print(
+        log.print(
             f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
             f"iterations on {world} x {device.type}, {utils.precision_name(dtype)}"
             f"{', compiled' if args.compile else ''}"
             f"{', pictures in memory' if data.A.cached else ''}"
         )
         if not epochs:
-            print(f"this run has all its {args.n_epochs} epochs: a larger --n_epochs extends it")
-        log, writer = runs.Log(args, model.iteration), runs.Writer()
-    latest = args.workdir / "images" / "latest.png"
+            log.print(f"all {args.n_epochs} epochs are done: a larger --n_epochs extends this run")
     saved = time.time()
     began = saved - place["seconds"]
-    bar = tqdm(
-        total=model.iteration + max(0, steps_left(place, args.n_epochs, len(data), per_step)),
-        initial=model.iteration,
-        disable=not chief,
-        unit="it",
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
-        dynamic_ncols=True,
-    )
 
     def save() -> None:
         nonlocal saved
-        current = runs.collect_state(args, model, place, rank, world)
-        if chief:
-            writer.submit(runs.save_state, args.workdir, current)
-            log.plot()
+        saver.save(model, place)
+        log.plot()
         saved = time.time()
 
     try:
@@ -399,7 +389,7 @@ def train(args, state: dict | None) -> int:
             save()
         elif chief:
             # killed right after its last save, a run has not done so yet
-            runs.export(args.workdir, {**state, "args": args.options})
+            checkpoint.export(args.workdir, {**state, "args": args.options})
         for epoch in epochs:
             model.start_epoch(epoch)
             lr = model.optimizer_G.param_groups[0]["lr"]
@@ -412,15 +402,13 @@ def train(args, state: dict | None) -> int:
                 place["sample"] += per_step
                 place["seconds"] = time.time() - began
                 done = place["sample"] >= len(data)
-                bar.update()
+                log.bar.update()
                 if model.iteration % args.log_every == 0 or done:
                     values = read_losses(losses, model.iteration, world)
-                    if chief:
-                        writer.check()
-                        log.write(epoch + 1, model.iteration, values, lr, place["seconds"])
-                        bar.set_postfix({k: f"{values[k]:.3f}" for k in ("D", "G", "cycle")})
-                if chief and model.iteration % args.sample_every == 0:
-                    log.show(runs.draw_samples(model, *shown), [latest], model.iteration)
+                    saver.check()
+                    log.log_losses(epoch + 1, model.iteration, values, lr, place["seconds"])
+                if model.iteration % args.sample_every == 0:
+                    log.log_samples(model, shown, "latest")
                 due = time.time() - saved > 60 * args.save_minutes
                 asked_to_stop, due = agree(world, stop.signal, due)
                 if asked_to_stop or done:
@@ -431,30 +419,27 @@ def train(args, state: dict | None) -> int:
                 break  # asked to stop in the middle of an epoch
             seconds, samples = time.time() - start, place["sample"] - fresh
             if chief:
-                report_epoch(args, epoch, n_steps, values, lr, bar)
+                report_epoch(args, epoch, n_steps, values, lr, log.bar)
                 waiting = 100 * waited / max(seconds, 1e-9)
-                bar.write(
+                log.print(
                     f"  {seconds:.1f} s, {samples / max(seconds, 1e-9):.2f} pictures of each "
                     f"domain a second, {waiting:.1f}% of the time waiting for data"
                 )
-                grid = args.workdir / "images" / f"epoch_{epoch + 1:03d}.png"
-                columns = runs.draw_samples(model, *shown)
-                log.show(columns, [grid, latest], model.iteration)
+            log.log_samples(model, shown, f"epoch_{epoch + 1:03d}", "latest")
             place.update(epoch=epoch + 1, sample=0)
             if chief and args.eval_every and (epoch + 1) % args.eval_every == 0:
-                place["best"] = runs.keep_best(args, model, log, epoch + 1, place["best"])
+                place["best"] = keep_best(args, model, log, epoch + 1, place["best"])
             save()
             if asked_to_stop:
                 break
         number = agree(world, stop.signal)[0]
         if number and place["sample"]:
             save()
-        if chief:
-            writer.close()  # what is said to be saved is on disk
+        saver.close()  # what is said to be saved is on disk
         agree(world, 0)  # the other ranks wait for it
         if number:
             if chief:
-                bar.write(
+                log.print(
                     f"stopped and saved at epoch {place['epoch'] + 1}, iteration "
                     f"{model.iteration}; go on with --workdir {args.workdir} --resume"
                 )
@@ -462,10 +447,8 @@ def train(args, state: dict | None) -> int:
         return 0
     finally:
         stop.restore()
-        bar.close()
-        if chief:
-            log.close()
-            writer.close()
+        log.close()
+        saver.close()
 
 
 def steps_left(place: dict, n_epochs: int, length: int, per_step: int) -> int:
@@ -499,6 +482,21 @@ def read_losses(losses: dict, iteration: int, world: int) -> dict[str, float]:
                 "last good state is untouched; --resume from it with a lower --lr or --amp off"
             )
     return told
+
+
+def keep_best(args, model: CycleGAN, log: Logger, epoch: int, best: float | None) -> float | None:
+    """Measure on the test split, log it, and keep the best generators in `models/best/`."""
+    import test  # test.py, which imports nothing from here
+
+    measures, score = test.measure(args, model.best_generators(), model.device, model.dtype)
+    log.log_metrics(epoch, model.iteration, measures)
+    if best is not None and score >= best:
+        return best
+    folder = utils.make_folder(args.workdir / "models" / "best")
+    for name, net in model.best_generators().items():
+        utils.save_tensors(folder / f"{name}.pth", net.state_dict())
+    utils.save_json(folder / "options.json", args.options)
+    return score
 
 
 def report_epoch(args, epoch: int, n_steps: int, values: dict, lr: float, bar: tqdm) -> None:
@@ -724,7 +722,7 @@ def main(args: argparse.Namespace) -> int:
     if args.resume and args.restart:
         raise UserError("--resume and --restart are opposites: give one of them")
     if args.resume:
-        state = runs.load_run(args.workdir)
+        state = checkpoint.load_run(args.workdir)
         args = resume(args, state)
     elif any(models.glob("train_state*.pth")) and chief and not args.restart:
         raise UserError(
@@ -747,7 +745,7 @@ def main(args: argparse.Namespace) -> int:
         if chief:
             utils.remove_temporary_files(folder)
     if args.restart and chief:
-        runs.clear_run(args.workdir)
+        checkpoint.clear_run(args.workdir)
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"
     with utils.explain_out_of_memory(advice):
         code = train(args, state)

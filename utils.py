@@ -11,12 +11,14 @@ import pickle
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -277,7 +279,29 @@ def add_device_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
-def pick_device(name: str | None, cuda: bool) -> torch.device:
+def setup(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None, int, int]:
+    """Set up device, precision, backends and processes; every script calls this once, first.
+
+    `args` holds the options of `add_device_options`. Returns the device, the dtype for autocast
+    (None for float32 throughout), this process's rank and the world size (0 and 1 unless started
+    by torchrun).
+
+    Raises:
+        UserError: the device is not there.
+    """
+    device = pick_device(args.device, args.cuda)
+    dtype = pick_precision(args.amp, device)
+    set_backends(device, dtype)
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":  # gloo too: the stop flag and buffers travel as CPU tensors
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return device, dtype, rank, world_size
+
+
+def pick_device(name: str | None, cuda: bool = False) -> torch.device:
     """The device asked for, or the best at hand; under torchrun each rank gets its own GPU.
 
     Raises:
@@ -356,18 +380,64 @@ def precision_name(dtype: torch.dtype | None) -> str:
     return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """Join the process group if torchrun started us; returns (rank, world size)."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":  # gloo too: the stop flag and buffers travel as CPU tensors
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 # ------------------------------------------------------------------------------------------------
 # Training parts
+
+
+@contextlib.contextmanager
+def evaluating(*nets: torch.nn.Module) -> Iterator[None]:
+    """Put networks into eval mode, and back into the mode that each was in."""
+    modes = [net.training for net in nets]
+    for net in nets:
+        net.eval()
+    try:
+        yield
+    finally:
+        for net, mode in zip(nets, modes, strict=True):
+            net.train(mode)
+
+
+class WriterThread:
+    """A thread that writes files while the device trains; one job at a time."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.job = self.pool.submit(int)  # nothing yet
+
+    def submit(self, function: Callable, *arguments) -> None:
+        """Wait for the last job, raise what it raised, and begin another."""
+        self.job.result()
+        self.job = self.pool.submit(function, *arguments)
+
+    def check(self) -> None:
+        """Raise what the last job raised, if it is done."""
+        if self.job.done():
+            self.job.result()
+
+    def close(self) -> None:
+        """Wait for the last job and raise what it raised."""
+        self.pool.shutdown()
+        self.job.result()
+
+
+class StopRequest:
+    """Remembers Ctrl-C or SIGTERM until the iteration is done; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.alone = "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun repeats the signal to us
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number: int, frame) -> None:
+        if self.signal and number == signal.SIGINT and self.alone:
+            raise KeyboardInterrupt
+        self.signal = number
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\nfinishing this iteration, then saving (Ctrl-C again: stop now)", flush=True)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class ReplayBuffer:

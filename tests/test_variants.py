@@ -19,7 +19,7 @@ import models
 import test as test_script
 import train
 import utils
-from lib import runs
+from lib import logger
 
 CPU = torch.device("cpu")
 TINY = "--ngf 4 --ndf 4 --size 32 --load_size 36 --n_epochs 1 --no_tensorboard --amp off "
@@ -185,7 +185,7 @@ def test_trains_and_round_trips(run, rgb, tmp_path, options):
     for name, net in model.networks().items():
         pairs = zip(net.parameters(), model.first[name].parameters(), strict=True)
         assert any(not torch.equal(new, old) for new, old in pairs), f"{name} learned nothing"
-    log = runs.read_log(tmp_path / "logs" / "losses.csv")
+    log = logger.read_csv(tmp_path / "logs" / "losses.csv")
     assert all(math.isfinite(log[name][-1]) for name in ("D", "G", "adv", "cycle", "identity"))
     round_trip(model, tmp_path)
 

@@ -445,7 +445,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: a number that cannot be.
     """
-    device = utils.pick_device(args.device, args.cuda)
+    device, dtype, _, _ = utils.setup(args)
     on_cpu = device.type == "cpu"
     args.batches = args.batches or ([1, 2] if on_cpu else [1, 4, 16])
     args.steps = args.steps if args.steps is not None else 1 if on_cpu else 20
@@ -461,7 +461,7 @@ def main(args: argparse.Namespace) -> None:
                 draw_pictures(Path(folder), n=200, listed=20_000)
             bench_data(args, args.dataroot or Path(folder), Path(folder))
         return
-    dtype, rates = utils.pick_precision(args.amp, device), {}
+    rates = {}
     compare(args, device, dtype, rates)
     told = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
     print(f"\nMeasured rate of a matrix product, GFLOP/s: {told}.")

@@ -291,8 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = utils.pick_device(args.device, args.cuda)
-    dtype = utils.pick_precision(args.amp, device)
+    device, dtype, _, _ = utils.setup(args)
     models = args.models or args.workdir / "models"
     jobs, metrics = find_outputs(args, read_options(models)), {}
     if args.inception:

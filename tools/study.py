@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import utils
-from lib import runs
+from lib import logger
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, se
         "data": Path(trained["dataroot"]).name,
         "recipe": name,
         "command": command,
-        "minutes": runs.read_log(folder / "logs" / "losses.csv")["seconds"][-1] / 60,
+        "minutes": logger.read_csv(folder / "logs" / "losses.csv")["seconds"][-1] / 60,
     }
     no_fid = [] if args.kid else ["--no_fid"]
     for kind, last in (("last", ["--last"]), ("average", [])):
@@ -141,7 +141,7 @@ of a picture and its way there and back, in [0, 1]. minutes: of training, by the
 def write_table(args: argparse.Namespace, path: Path) -> str:
     done = sorted(args.folder.glob("*/figures.json"))
     tables = make_tables([json.loads(file.read_text()) for file in done])
-    machine = utils.describe(utils.pick_device(None, False))
+    machine = utils.describe(utils.pick_device(None))
     side_by_side = f"{args.jobs} at a time, threads of each: {threads_for(args)}"
     text = f"{HEAD}{tables}\n{machine}; {side_by_side}\n"
     with utils.atomic_write(path) as file:

@@ -27,7 +27,7 @@ from tiny import (
 
 import train
 import utils
-from lib import runs
+from lib import checkpoint, logger
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_longer_run(dataroot, tmp_path, capsys):
     wanted = undisturbed(dataroot, "--dropout --lr_policy constant --n_epochs 4", tmp_path / "four")
     run(dataroot, tmp_path / "two", "--dropout --lr_policy constant --n_epochs 2")
     assert resume(tmp_path / "two") == 0  # nothing to do
-    assert "has all its 2 epochs: a larger --n_epochs extends it" in capsys.readouterr().out
+    assert "all 2 epochs are done: a larger --n_epochs extends this run" in capsys.readouterr().out
     assert resume(tmp_path / "two", "--n_epochs 4") == 0
     assert differences(wanted, outcome(tmp_path / "two")) == []
 
@@ -222,7 +222,7 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 def rows(workdir: Path) -> list[int]:
     """The iterations that the log has rows of."""
-    return [int(value) for value in runs.read_log(workdir / "logs" / "losses.csv")["iteration"]]
+    return [int(value) for value in logger.read_csv(workdir / "logs" / "losses.csv")["iteration"]]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_two_ranks_are_one_large_batch(tmp_path):
             assert torch.allclose(weight, two["netG_A2B"][name], atol=1e-6), name
         biases += name.endswith(".bias")
     assert biases
-    apart, together = (runs.read_log(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
+    apart, together = (logger.read_csv(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
     for name in ("D", "G", "adv", "cycle", "identity"):
         assert apart[name] == pytest.approx(together[name], abs=2e-6)
 
@@ -401,7 +401,7 @@ def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
         counts["while writing"] += bool(list(workdir.glob("*/.*.tmp")))
         if any(models.glob("train_state*.pth")):
             counts["within the run"] += 1
-            runs.load_run(workdir)  # can be gone on with
+            checkpoint.load_run(workdir)  # can be gone on with
         else:
             counts["before the first state"] += 1
         for path in models.glob("net*.pth"):
@@ -533,7 +533,7 @@ def test_state_that_is_not_finite_is_not_saved(dataroot, tmp_path, monkeypatch):
 
 def test_a_slow_disk_gets_the_state_as_it_was(dataroot, tmp_path, monkeypatch):
     """Training goes on while the state is written, and must not change what is written."""
-    save, written = runs.save_state, {"fast": [], "slow": []}
+    save, written = checkpoint.write_state, {"fast": [], "slow": []}
 
     def keep(name: str, seconds: float):
         def save_state(workdir, state):
@@ -544,7 +544,7 @@ def test_a_slow_disk_gets_the_state_as_it_was(dataroot, tmp_path, monkeypatch):
         return save_state
 
     for name, seconds in (("fast", 0), ("slow", 0.2)):
-        monkeypatch.setattr(runs, "save_state", keep(name, seconds))
+        monkeypatch.setattr(checkpoint, "write_state", keep(name, seconds))
         run(dataroot, tmp_path / name, "--n_epochs 3 --log_every 1000")
     assert len(written["slow"]) == 4  # at the start and after each epoch
     for fast, slow in zip(*written.values(), strict=True):
@@ -556,7 +556,7 @@ def test_a_slow_disk_gets_the_state_as_it_was(dataroot, tmp_path, monkeypatch):
 
 def test_a_save_that_fails_ends_the_run(dataroot, tmp_path, monkeypatch):
     """It fails in a thread, yet the run does not go on for hours in vain."""
-    save, iterations = runs.save_state, []
+    save, iterations = checkpoint.write_state, []
 
     def save_state(workdir, state):
         iterations.append(state["iteration"])
@@ -564,7 +564,7 @@ def test_a_save_that_fails_ends_the_run(dataroot, tmp_path, monkeypatch):
             raise UserError("the disk is full")
         save(workdir, state)
 
-    monkeypatch.setattr(runs, "save_state", save_state)
+    monkeypatch.setattr(checkpoint, "write_state", save_state)
     with pytest.raises(UserError, match="the disk is full"):
         run(dataroot, tmp_path, "--n_epochs 9")
     assert iterations == [0, 5] and read_state(tmp_path)["iteration"] == 0
