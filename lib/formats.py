@@ -1,0 +1,609 @@
+"""Files that hold more than an 8-bit picture: NIfTI and DICOM volumes, GeoTIFF rasters, films.
+
+`read(paths)` gives the pictures of a file one at a time, in the file's own units and with its
+geometry; `write(paths, source, pictures, ...)` puts translated pictures where the source lies.
+One pair of functions a format, found by suffix in READERS and WRITERS. Each library is imported
+where it is used: nibabel, pydicom, rasterio, PyAV.
+"""
+
+import contextlib
+import gzip
+import importlib
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import UserError, atomic_write
+
+FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+GZIP_RATIO = 1032  # deflate cannot do better: what a compressed header may promise at most
+PREAMBLE = 128  # bytes before the letters DICM
+
+
+class UnreadableImage(Exception):
+    """A file that holds no picture that can be used; the message says why."""
+
+
+@dataclass
+class Pictures:
+    """The pictures of one file, or of a DICOM series; decoded one at a time by `pictures[i]`.
+
+    A picture is (H, W, C) in the file's units (grey levels, Hounsfield units, reflectance), NaN
+    where a file says that it has no data. `limits` are the smallest and the largest value that an
+    integer type holds, in the same units; None for floats, which have none. `slope` and
+    `intercept` turn a stored number of type `dtype` into units.
+    """
+
+    paths: list[Path]
+    count: int
+    dtype: np.dtype
+    get: Callable[[int], np.ndarray]
+    limits: tuple[float, float] | None = None
+    slope: float = 1.0
+    intercept: float = 0.0
+    geometry: dict = field(default_factory=dict)  # what the format's writer copies
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Picture i; raises UnreadableImage."""
+        with decoding(self.paths[0]):
+            return self.get(i)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All pictures in order; raises UnreadableImage."""
+        return (self[i] for i in range(self.count))
+
+
+@contextlib.contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into UnreadableImage with one line."""
+    try:
+        yield
+    except (UserError, UnreadableImage):
+        raise
+    except Exception as error:  # on hostile files decoders raise some twenty kinds of errors
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        reason = " ".join(reason.replace(f" {str(path)!r}", "").split())
+        raise UnreadableImage(reason or type(error).__name__) from error
+
+
+def need(module: str, files: str):
+    """The module, imported; a UserError with the pip line where it is not installed."""
+    logging.getLogger(module).setLevel(logging.CRITICAL)  # what cannot be read is reported here
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{files} files need {module}: pip install {module}") from None
+
+
+def check_size(height: int, width: int, channels: int, wanted: int) -> None:
+    """Refuse a picture before it is decoded; `wanted` channels, 0 for any."""
+    if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:
+        raise UnreadableImage(f"{width}x{height} pixels are none, or over Pillow's size limit")
+    if wanted and channels != wanted or not channels:
+        raise UnreadableImage(
+            f"it has {channels} channels, not {wanted}: see --input_nc and --output_nc"
+        )
+    if height * width * channels > 16 * Image.MAX_IMAGE_PIXELS:
+        raise UnreadableImage(f"{width}x{height} pixels of {channels} channels are too many")
+
+
+def integer_limits(dtype: np.dtype, slope: float, intercept: float) -> tuple[float, float] | None:
+    if dtype.kind not in "iu":
+        return None
+    ends = [v * slope + intercept for v in (np.iinfo(dtype).min, np.iinfo(dtype).max)]
+    return min(ends), max(ends)
+
+
+# ------------------------------------------------------------------------------------------------
+# Values to numbers that a file stores
+
+
+def pick_type(
+    source: Pictures, limits: tuple[float, float] | None
+) -> tuple[np.dtype, float, float]:
+    """(type, slope, intercept) for values in `limits`: the source's where it holds them.
+
+    Otherwise a 16-bit integer, or float32 where `limits` span fewer than 255 units.
+    """
+    kept = source.dtype, source.slope, source.intercept
+    if limits is None or source.limits is None:
+        return kept
+    low, high = limits
+    inside = source.limits[0] <= low and high <= source.limits[1]
+    if inside and (high - low) / abs(source.slope) >= 255:
+        return kept
+    for dtype in (np.dtype(np.int16), np.dtype(np.uint16)):
+        info = np.iinfo(dtype)
+        if info.min <= low and high <= info.max and high - low >= 255:
+            return dtype, 1.0, 0.0
+    return np.dtype(np.float32), 1.0, 0.0
+
+
+def to_stored(
+    picture: np.ndarray, dtype: np.dtype, slope: float, intercept: float, nodata: float | None
+) -> np.ndarray:
+    """Values in units as a file stores them: rounded and clipped for integers, NaN as `nodata`."""
+    missing = np.isnan(picture)
+    if dtype.kind not in "iu":
+        return picture.astype(dtype) if nodata is None else np.where(missing, nodata, picture)
+    info = np.iinfo(dtype)
+    values = np.rint((np.where(missing, 0, picture).astype(np.float64) - intercept) / slope)
+    values = np.clip(values, info.min, info.max)
+    if nodata is not None:  # a translated value must not turn into "no data" by accident
+        values[values == nodata] += 1 if nodata < info.max else -1
+    values[missing] = info.min if nodata is None else nodata
+    return values.astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# NIfTI
+
+
+def read_nifti(paths: list[Path], channels: int, axis: int) -> Pictures:
+    """The slices of a volume across `axis`; of a fourth dimension, the channels."""
+    nibabel = need("nibabel", "NIfTI")
+    (path,) = paths
+    image = nibabel.load(path)
+    dtype, shape = image.get_data_dtype(), (*image.shape, 1)[: max(3, len(image.shape))]
+    if dtype.kind not in "iuf" or len(image.shape) < 2:
+        raise UnreadableImage(f"it holds {dtype} of shape {image.shape}, not a volume of numbers")
+    promised = math.prod(int(n) for n in shape) * dtype.itemsize
+    ratio = GZIP_RATIO if path.suffix.lower() == ".gz" else 1
+    if not 0 < promised <= path.stat().st_size * ratio:
+        raise UnreadableImage(f"its header promises {promised} bytes, the file is shorter")
+    axis = range(3)[axis]
+    height, width = (n for i, n in enumerate(shape[:3]) if i != axis)
+    check_size(height, width, math.prod(shape[3:]), channels)
+    data = image.dataobj.reshape(shape)  # a proxy: nothing is read yet
+
+    def get(i: int) -> np.ndarray:
+        plane = np.asarray(data[(*[slice(None)] * axis, i)])
+        plane = plane.reshape(*plane.shape[:2], -1)  # (first, second, C)
+        return np.rot90(plane if plane.dtype == dtype else plane.astype(np.float32))
+
+    slope, intercept = float(data.slope), float(data.inter)
+    limits = integer_limits(dtype, slope, intercept)
+    geometry = {"image": image, "axis": axis, "shape": shape}
+    return Pictures(paths, shape[axis], dtype, get, limits, slope, intercept, geometry)
+
+
+def write_nifti(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
+    """A volume with the source's affine and header, whichever way it was cut into slices."""
+    image, axis = source.geometry["image"], source.geometry["axis"]
+    dtype, slope, intercept = pick_type(source, limits)
+    volume = None
+    for i, picture in enumerate(pictures):
+        plane = np.rot90(to_stored(picture, dtype, slope, intercept, None), -1)
+        if volume is None:
+            shape = (*source.geometry["shape"][:3], plane.shape[2])
+            volume = np.zeros(shape, dtype)
+        volume[(*[slice(None)] * axis, i)] = plane
+    same = volume.size == math.prod(source.geometry["shape"])
+    volume = volume.reshape(image.shape if same else volume.shape)
+    result = type(image)(volume, image.affine, image.header)
+    result.header.set_data_dtype(dtype)
+    result.header.set_slope_inter(slope, intercept)  # the numbers are stored ones already
+    result.header["cal_min"] = result.header["cal_max"] = 0  # the source's display window
+    result.header["descrip"] = note.encode("ascii", "replace")[:79]
+    with atomic_write(paths[0]) as file:
+        if paths[0].suffix.lower() == ".gz":
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                result.to_stream(packed)
+        else:
+            result.to_stream(file)
+
+
+# ------------------------------------------------------------------------------------------------
+# DICOM
+
+DEFLATED = "1.2.840.10008.1.2.1.99"
+HEADER = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file that has no suffix of letters begins as DICOM files do."""
+    if path.suffix[1:].isalpha():
+        return path.suffix.lower() == ".dcm"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
+    return False
+
+
+def group_series(paths: list[Path]) -> list[list[Path]]:
+    """The files, those of one DICOM series together and sorted by position, all others alone."""
+    groups: dict[object, list[tuple[tuple, Path]]] = {}
+    for path in paths:
+        key, place = path, ()
+        if is_dicom(path):
+            with contextlib.suppress(UnreadableImage), decoding(path):  # told when it is read
+                header = read_header(path, specific_tags=list(HEADER))
+                key = path.parent, str(header.get("SeriesInstanceUID", path))
+                place = slice_position(header)
+        groups.setdefault(key, []).append((place, path))
+    return [[path for _, path in sorted(group)] for group in groups.values()]
+
+
+def slice_position(header) -> tuple[float, float]:
+    """How far along its normal a slice lies, in mm, and its number in the series."""
+    number = float(header.get("InstanceNumber") or 0)
+    position, orientation = (header.get(name) for name in HEADER[1:3])
+    if position is None or orientation is None:
+        return 0.0, number
+    normal = np.cross(np.array(orientation[:3], float), np.array(orientation[3:], float))
+    return float(normal @ np.array(position, float)), number
+
+
+def read_header(path: Path, **options):
+    """A DICOM file without its pixels."""
+    pydicom = need("pydicom", "DICOM")
+    with decoding(path):
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == DEFLATED:  # would be unpacked whole, however large
+            raise UnreadableImage("it is deflated as a whole: convert it, as with dcmconv +te")
+        return pydicom.dcmread(path, stop_before_pixels=True, **options)
+
+
+def read_dicom(paths: list[Path], channels: int, axis: int) -> Pictures:
+    """The slices of a series, or the frames of one file; Hounsfield units and the like."""
+    headers = [read_header(path) for path in paths]
+    frames: list[tuple[int, int]] = []  # (which file, which of its frames)
+    for k, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        count = int(header.get("NumberOfFrames") or 1)
+        if not 0 < count <= path.stat().st_size:
+            raise UnreadableImage(f"it says that it has {count} frames")
+        frames += [(k, i) for i in range(count)]
+        if "Rows" not in header or "Columns" not in header:
+            raise UnreadableImage("it has no pixels")
+        if "PerFrameFunctionalGroupsSequence" in header or "ModalityLUTSequence" in header:
+            raise UnreadableImage("enhanced multi-frame files and modality tables are not read")
+        if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+            raise UnreadableImage("its colours are a palette, which is not read")
+        check_size(header.Rows, header.Columns, header.get("SamplesPerPixel", 1), channels)
+
+    def get(i: int) -> np.ndarray:
+        k, frame = frames[i]
+        return decode_dicom(paths[k], headers[k], frame)
+
+    dtype, low, high = stored_type(headers[0])
+    slope, intercept = rescale(headers[0])
+    limits = min(low * slope, high * slope) + intercept, max(low * slope, high * slope) + intercept
+    return Pictures(paths, len(frames), dtype, get, limits, slope, intercept, {"headers": headers})
+
+
+def stored_type(header) -> tuple[np.dtype, int, int]:
+    """The integer type of a DICOM file's pixels, and the smallest and largest of BitsStored."""
+    signed = int(header.get("PixelRepresentation", 0))
+    bits = int(header.BitsStored)
+    if header.BitsAllocated not in (8, 16) or not 1 <= bits <= header.BitsAllocated:
+        raise UnreadableImage(f"its pixels have {bits} of {header.BitsAllocated} bits: not 8 or 16")
+    low = -(2 ** (bits - 1)) if signed else 0
+    return np.dtype(f"{'i' if signed else 'u'}{header.BitsAllocated // 8}"), low, low + 2**bits - 1
+
+
+def rescale(header) -> tuple[float, float]:
+    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+    return float(1 if slope is None else slope) or 1.0, float(intercept or 0)
+
+
+def decode_dicom(path: Path, header, frame: int) -> np.ndarray:
+    """(H, W, C) in units; padding is NaN, MONOCHROME1 (white is low) turned."""
+    pixels = need("pydicom.pixels", "DICOM").pixel_array(path, index=frame)
+    pixels = pixels.reshape(header.Rows, header.Columns, -1)
+    if pixels.shape[2] > 1:
+        return pixels  # RGB
+    _, low, high = stored_type(header)
+    slope, intercept = rescale(header)
+    padding = header.get("PixelPaddingValue")
+    missing = pixels == padding if padding is not None else np.zeros(1, bool)
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        pixels = (low + high) - pixels.astype(np.int32)
+    if slope == 1 and intercept == 0 and pixels.dtype.itemsize < 4 and not missing.any():
+        return pixels
+    return np.where(missing, np.nan, pixels.astype(np.float32) * slope + intercept)
+
+
+def write_dicom(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
+    """A derived series: the source's patient, study and geometry, new UIDs; one file a source."""
+    for path, origin, header in zip(paths, source.paths, source.geometry["headers"], strict=True):
+        frames = [next(pictures) for _ in range(int(header.get("NumberOfFrames") or 1))]
+        with atomic_write(path) as file:
+            derive(origin, np.stack(frames), limits, note).save_as(file, enforce_file_format=True)
+
+
+def derive(origin: Path, frames: np.ndarray, limits, note: str):
+    """The dataset of a DICOM file with `frames` (N, H, W, C) for its pixels."""
+    pydicom = need("pydicom", "DICOM")
+    dataset = read_header(origin)
+    dtype, low, high = stored_type(dataset)
+    slope, intercept = rescale(dataset)
+    ends = low * slope + intercept, high * slope + intercept
+    wanted = limits or (min(ends), max(ends))
+    grey, bits = frames.shape[3] == 1, int(dataset.BitsStored)
+    padding = dataset.get("PixelPaddingValue")
+    fits = min(ends) <= wanted[0] and wanted[1] <= max(ends)
+    if grey and not (fits and (wanted[1] - wanted[0]) / abs(slope) >= 255):
+        slope, intercept = (wanted[1] - wanted[0]) / (high - low), 0.0
+        slope = float(f"{slope:.10g}")  # what a decimal string of 16 letters holds
+        intercept = float(f"{wanted[0] - low * slope:.10g}")
+        dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
+        dataset.RescaleType = "US"  # unspecified
+        dataset.WindowCenter, dataset.WindowWidth = sum(wanted) / 2, wanted[1] - wanted[0]
+    if not grey:
+        slope, intercept, padding, bits, dtype = 1.0, 0.0, None, 8, np.dtype(np.uint8)
+        low, high = 0, 255
+    stored = to_stored(frames, np.dtype(np.int32), slope, intercept, None)
+    stored = np.clip(stored, low, high)
+    photometric = dataset.PhotometricInterpretation if grey else "RGB"
+    if photometric == "MONOCHROME1":
+        stored = (low + high) - stored
+    if padding is not None:
+        stored[stored == padding] += 1 if padding < high else -1
+        stored[np.isnan(frames)] = padding
+    stored = stored.astype(dtype)
+    stored = stored[..., 0] if grey else stored  # (N, H, W) or (N, H, W, 3)
+    old_series, old_instance = dataset.get("SeriesInstanceUID", ""), dataset.get("SOPInstanceUID")
+    dataset.set_pixel_data(
+        stored if len(stored) > 1 else stored[0], photometric, bits, generate_instance_uid=False
+    )
+    uid = lambda old: pydicom.uid.generate_uid(entropy_srcs=[str(old), note])  # the same again
+    dataset.SOPInstanceUID, dataset.SeriesInstanceUID = uid(old_instance), uid(old_series)
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    kind = dataset.get("ImageType") or []
+    kind = [kind] if isinstance(kind, str) else list(kind)
+    dataset.ImageType = ["DERIVED", "SECONDARY", *kind[2:]]
+    dataset.SeriesDescription = f"{dataset.get('SeriesDescription', '')} {note}".strip()[:64]
+    dataset.DerivationDescription = note
+    reference = pydicom.Dataset()
+    reference.ReferencedSOPClassUID = dataset.get("SOPClassUID", "")
+    reference.ReferencedSOPInstanceUID = old_instance or ""
+    dataset.SourceImageSequence = [reference]
+    for name in ("SmallestImagePixelValue", "LargestImagePixelValue"):
+        if name in dataset:
+            delattr(dataset, name)
+    return dataset
+
+
+# ------------------------------------------------------------------------------------------------
+# GeoTIFF, and any TIFF of many bands, 16 bits or floats
+
+GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
+
+
+def read_raster(paths: list[Path], channels: int, axis: int) -> Pictures:
+    """All bands of a TIFF as one picture."""
+    rasterio = need("rasterio", "GeoTIFF")
+    (path,) = paths
+    with open_raster(rasterio, path) as raster:
+        dtype = np.dtype(raster.dtypes[0])
+        if len(set(raster.dtypes)) > 1 or dtype.kind not in "iuf":
+            raise UnreadableImage(f"its bands hold {', '.join(sorted(set(raster.dtypes)))}")
+        check_size(raster.height, raster.width, raster.count, channels)
+        rows, columns = raster.block_shapes[0]
+        if rows * columns > Image.MAX_IMAGE_PIXELS:
+            raise UnreadableImage(f"it is stored in strips of {columns}x{rows} pixels: too large")
+
+    def get(i: int, window=None) -> np.ndarray:
+        with open_raster(rasterio, path) as raster:
+            bands = raster.read(window=window)  # (C, H, W)
+            nodata = raster.nodatavals
+        picture = np.moveaxis(bands, 0, 2)
+        if dtype.kind == "f" or all(value is None for value in nodata):
+            missing = np.zeros(1, bool)
+        if any(value is not None for value in nodata):
+            missing = picture == np.array([np.nan if v is None else v for v in nodata])
+        if not missing.any():
+            return picture
+        return np.where(missing, np.nan, picture.astype(np.float32))
+
+    return Pictures(paths, 1, dtype, get, integer_limits(dtype, 1.0, 0.0))
+
+
+@contextlib.contextmanager
+def open_raster(rasterio, path: Path) -> Iterator:
+    with rasterio.Env(**GDAL), rasterio.open(path.absolute(), driver="GTiff") as raster:
+        yield raster
+
+
+def write_raster(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
+    """A TIFF with the source's CRS, transform, tags and nodata value."""
+    rasterio = need("rasterio", "GeoTIFF")
+    (picture,) = pictures
+    dtype, _, _ = pick_type(source, limits)
+    height, width, channels = picture.shape
+    with open_raster(rasterio, source.paths[0]) as raster:
+        nodata = raster.nodata
+        if nodata is not None and dtype.kind in "iu":
+            info = np.iinfo(dtype)
+            nodata = nodata if info.min <= nodata <= info.max else float(info.min)
+        profile = {"driver": "GTiff", "height": height, "width": width, "count": channels}
+        profile |= {"dtype": dtype.name, "nodata": nodata, "crs": raster.crs}
+        profile |= {"compress": "deflate", "tiled": height >= 512, "bigtiff": "if_safer"}
+        profile["transform"] = raster.transform
+        gcps, gcps_crs = raster.gcps
+        tags, band_tags = raster.tags(), [raster.tags(i + 1) for i in range(raster.count)]
+        names, colours = raster.descriptions, raster.colorinterp
+    stored = to_stored(picture, dtype, 1.0, 0.0, nodata)
+    with (
+        atomic_write(paths[0]) as file,
+        rasterio.Env(**GDAL),
+        rasterio.open(file.name, "w", **profile) as raster,
+    ):
+        raster.write(np.ascontiguousarray(np.moveaxis(stored, 2, 0)))
+        raster.update_tags(**tags | {"TIFFTAG_SOFTWARE": note})
+        if gcps:
+            raster.gcps = gcps, gcps_crs
+        if channels == len(band_tags):
+            raster.descriptions, raster.colorinterp = names, colours
+            for i, band in enumerate(band_tags):
+                raster.update_tags(i + 1, **band)
+
+
+# ------------------------------------------------------------------------------------------------
+# Films
+
+DEMUXERS = {".mp4": "mov", ".mov": "mov", ".webm": "matroska", ".mkv": "matroska"}
+DEMUXERS |= {".avi": "avi", ".gif": "gif"}  # by name, or a playlist could open other files
+COPIED = ("aac", "mp3", "ac3", "eac3", "opus", "alac", "flac")  # sound that mp4 players know
+
+
+@dataclass
+class Film(Pictures):
+    """The frames of a film, in order only; `times` are those read so far, in `time_base`."""
+
+    times: list[int] = field(default_factory=list)
+    time_base: Fraction = Fraction(1, 25)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self.times.clear()
+        with decoding(self.paths[0]), open_film(self.paths[0]) as (container, stream):
+            for k, frame in enumerate(container.decode(stream)):
+                if frame.width * frame.height > Image.MAX_IMAGE_PIXELS:
+                    raise UnreadableImage("a frame is over Pillow's size limit")
+                self.times.append(k if frame.pts is None else frame.pts)
+                turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                yield np.ascontiguousarray(turned)  # (H, W, 3)
+
+
+@contextlib.contextmanager
+def open_film(path: Path) -> Iterator[tuple]:
+    """The container and its first video stream."""
+    av = need("av", "film")
+    with av.open(str(path.absolute()), format=DEMUXERS[path.suffix.lower()]) as container:
+        if not container.streams.video:
+            raise UnreadableImage("it has no video")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise UnreadableImage("its video is of a kind that PyAV does not decode")
+        check_size(stream.height, stream.width, 3, 3)
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+        yield container, stream
+
+
+def read_film(paths: list[Path], channels: int, axis: int) -> Pictures:
+    """The frames of a film; `count` is what its header says, 0 where it says nothing."""
+    (path,) = paths
+    if channels not in (0, 3):
+        raise UnreadableImage(f"a film has 3 channels, not {channels}")
+    with open_film(path) as (_, stream):
+        film = Film(paths, stream.frames, np.dtype(np.uint8), None, (0.0, 255.0))
+        film.time_base = stream.time_base
+        film.geometry = {"rate": stream.average_rate or stream.guessed_rate}
+    return film
+
+
+def write_film(paths, source: Film, pictures: Iterator, limits, note: str) -> None:
+    """H.264 in mp4, yuv420p, each frame at its time in the source; the sound as it is."""
+    av = need("av", "film")
+    first = next(pictures, None)
+    if first is None:
+        raise UnreadableImage("it has no frames")
+    height, width = (-(-n // 2) * 2 for n in first.shape[:2])  # yuv420p halves them
+    with (
+        atomic_write(paths[0]) as file,
+        av.open(file.name, "w", format="mp4", options={"movflags": "faststart"}) as target,
+        open_film(source.paths[0]) as (sound, _),
+    ):
+        stream = target.add_stream("libx264", rate=source.geometry["rate"])
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "18"}
+        stream.codec_context.time_base = source.time_base
+        target.metadata["comment"] = note
+        packets = copy_sound(target, sound)
+        waiting = next(packets, None)  # adds the track, before the first frame is written
+        for k, picture in enumerate(itertools.chain([first], pictures)):
+            pixels = to_stored(picture, np.dtype(np.uint8), 1.0, 0.0, None)
+            edge = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)]
+            frame = av.VideoFrame.from_ndarray(np.pad(pixels, edge, "edge"), format="rgb24")
+            frame.pts, frame.time_base = source.times[k], source.time_base
+            target.mux(stream.encode(frame))
+            while waiting is not None and waiting[0] <= frame.time:
+                target.mux(waiting[1])
+                waiting = next(packets, None)
+        target.mux(stream.encode())
+        while waiting is not None:
+            target.mux(waiting[1])
+            waiting = next(packets, None)
+
+
+def copy_sound(target, source) -> Iterator[tuple[float, object]]:
+    """(seconds, packets) of the first sound track; as AAC where mp4 players know it not."""
+    if not source.streams.audio:
+        return
+    track = source.streams.audio[0]
+    if track.codec_context.codec.canonical_name in COPIED:
+        copy = target.add_stream_from_template(track)
+        for packet in source.demux(track):
+            if packet.dts is not None:  # the last one is empty
+                seconds = float(packet.dts * packet.time_base)
+                packet.stream = copy
+                yield seconds, packet
+        return
+    encoder = target.add_stream("aac", rate=track.rate)
+    for frame in itertools.chain(source.decode(track), [None]):  # None: what it still holds
+        yield (frame.time or 0.0) if frame else math.inf, encoder.encode(frame)
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+READERS = {".nii": read_nifti, ".nii.gz": read_nifti, ".dcm": read_dicom}
+READERS |= {".tif": read_raster, ".tiff": read_raster, **dict.fromkeys(FILMS, read_film)}
+WRITERS = {".nii": write_nifti, ".nii.gz": write_nifti, ".dcm": write_dicom}
+WRITERS |= {".tif": write_raster, ".tiff": write_raster, ".mp4": write_film}
+
+
+def suffix_of(path: Path) -> str:
+    """What READERS calls the format of a file."""
+    name = path.name.lower()
+    if name.endswith(".nii.gz"):
+        return ".nii.gz"
+    return ".dcm" if is_dicom(path) else path.suffix.lower()
+
+
+def read(paths: Path | list[Path], channels: int = 0, axis: int = -1) -> Pictures:
+    """The pictures of a file, or of the files of a DICOM series, none of them decoded yet.
+
+    `channels`: refuse other numbers of them, 0: take any; `axis`: of volumes, across the slices.
+
+    Raises:
+        UnreadableImage: damaged, too large, or of a kind that is not read.
+        UserError: the library that reads it is not installed.
+    """
+    paths = [paths] if isinstance(paths, Path) else paths
+    with decoding(paths[0]):
+        if paths[0].is_fifo():  # opening it would wait for ever
+            raise UnreadableImage("it is a named pipe")
+        return READERS[suffix_of(paths[0])](paths, channels, axis)
+
+
+def write(
+    paths: Path | list[Path],
+    source: Pictures,
+    pictures: Iterable[np.ndarray],
+    limits: tuple[float, float] | None = None,
+    note: str = "translated by CycleGAN",
+) -> None:
+    """Write translations of all pictures of `source`, in order, with its geometry.
+
+    `pictures`: (H, W, C) in the target's units, NaN where there is no data; `limits`: the range of
+    these units (None: the source's), which decides on the type that is stored; `note`: what made
+    them, kept in the file. A DICOM series takes as many paths as it has files.
+
+    Raises:
+        UnreadableImage: a picture of the source cannot be decoded; nothing is written then.
+        UserError: the disk is full and the like.
+    """
+    paths = [paths] if isinstance(paths, Path) else paths
+    WRITERS[suffix_of(paths[0])](paths, source, iter(pictures), limits, note)
