@@ -111,10 +111,15 @@ class Generator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = x
         for layer in self.model[:-1]:
-            x = layer(x)  # (N, ngf, H, W) ... (N, 4 ngf, H/4, W/4) ... (N, output_nc, H, W)
-        # under autocast x is bf16, in which tanh could not tell two neighbouring greys
-        return self.model[-1](x.to(self.model[1].weight.dtype))
+            z = layer(z)  # (N, ngf, H, W) ... (N, 4 ngf, H/4, W/4) ... (N, output_nc, H, W)
+        return self.output(z, x)
+
+    def output(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The picture from the last convolution's `z` and the source `x`, pixel by pixel."""
+        # under autocast z is bf16, in which tanh could not tell two neighbouring greys
+        return self.model[-1](z.to(self.model[1].weight.dtype))
 
 
 class UNetBlock(nn.Module):

@@ -1,0 +1,171 @@
+"""Tiles give the whole picture's result, in the space that was worked out, and leave nothing."""
+
+import itertools
+import shutil
+import tempfile
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import datasets
+from lib import tiling
+from models import Generator, UNet, init_weights, translate
+from utils import UserError
+
+KINDS = [
+    {"upsample": "deconv", "norm": "instance", "dropout": True},
+    {"upsample": "nearest", "norm": "instance"},
+    {"upsample": "deconv", "norm": "batch", "input_nc": 1, "output_nc": 4},
+    {"upsample": "nearest", "norm": "none", "input_nc": 5, "output_nc": 1},
+]
+SIZES = [(301, 517), (900, 40), (5, 7)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tiles here are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(seed: int = 0, **kind) -> Generator:
+    """A small generator whose layers all matter: no bias, mean or variance as they begin."""
+    torch.manual_seed(seed)
+    net = init_weights(Generator(**{"ngf": 4, "n_residual_blocks": 2} | kind), "kaiming")
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.normal_(layer.bias, std=0.1)
+    net.model[-2].weight.data /= net.model[-2].weight.std() * 20  # so that tanh is not saturated
+    return net.eval()
+
+
+def draw(height: int, width: int, channels: int = 3, dtype=np.uint8) -> np.ndarray:
+    """Noise over a slope, so that no two tiles have the same statistics."""
+    noise = np.random.default_rng(0).random((height, width, channels))
+    slope = np.linspace(0, 1, width)[:, None] * np.linspace(0, 1, height)[:, None, None]
+    return ((noise + 3 * slope) / 4 * np.iinfo(dtype).max).astype(dtype)
+
+
+def whole(net, picture: np.ndarray, dtype=None) -> np.ndarray:
+    return translate(net, datasets.to_tensor(picture)[None], dtype)[0].permute(1, 2, 0).numpy()
+
+
+def tiled(net, picture: np.ndarray, tile: int, dtype=None, folder=None, **options) -> np.ndarray:
+    result = np.full((*picture.shape[:2], net.output_nc), np.nan, np.float32)
+    tiling.translate_tiles(net, picture, result, tile, dtype, folder, **options)
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind['upsample']}-{kind['norm']}")
+def test_same_result(kind, tmp_path):
+    net = make(**kind)
+    for size in SIZES:
+        picture = draw(*size, net.input_nc)
+        expected = whole(net, picture)
+        assert expected.std() > 0.1 and (np.abs(expected) > 0.99).mean() < 0.2
+        for tile in (64, 100, 256):
+            result = tiled(net, picture, tile, folder=tmp_path if tile == 100 else None)
+            assert np.abs(result - expected).max() <= 1e-4, (size, tile)
+
+
+def test_norms_per_tile_would_not_pass():
+    net, picture = make(), draw(300, 500)
+    expected, result = whole(net, picture), np.zeros((300, 500, 3), np.float32)
+    for y, x in itertools.product(range(0, 300, 100), range(0, 500, 100)):
+        part = picture[y : y + 100, x : x + 100]
+        result[y : y + 100, x : x + 100] = whole(net, part)
+    assert np.abs(result - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pictures_equal_to_one_step(dtype):
+    net = make(input_nc=1, output_nc=1) if dtype == np.uint16 else make()
+    picture = draw(132, 200, net.input_nc, dtype)
+    result = tiling.translate_picture(net, picture, 64, None)
+    expected = datasets.to_array(torch.from_numpy(whole(net, picture)).permute(2, 0, 1), dtype)
+    most = 1 if dtype == np.uint8 else 4  # 1e-4 is 3.3 of 65535 / 2
+    assert result.dtype == dtype
+    assert np.abs(result.astype(int) - expected.astype(int)).max() <= most
+
+
+def test_bf16_is_as_exact_as_the_whole_pass():
+    net, picture = make(ngf=8), draw(132, 200)
+    exact = whole(net, picture)
+    result, expected = (
+        f(net, picture)
+        for f in (lambda *a: tiled(*a, 64, torch.bfloat16), lambda *a: whole(*a, torch.bfloat16))
+    )
+    assert 0 < np.abs(result - exact).mean() <= 1.1 * np.abs(expected - exact).mean() < 0.05
+
+
+def test_statistics_from_elsewhere():
+    net, picture = make(), draw(64, 96)
+    result = np.zeros((64, 96, 3), np.float32)
+    used = tiling.translate_tiles(net, picture, result, 32)
+    assert len(used) == 3 + 2 * 2 + 2
+    conv = net.model[1](net.model[0](datasets.to_tensor(picture)[None]))[0]
+    torch.testing.assert_close(used[0][0], conv.mean((1, 2)))
+    torch.testing.assert_close(used[0][1], conv.var((1, 2), correction=0))
+    part = tiled(net, picture[:32, :32], 16, statistics=used)  # away from the edges of the part
+    assert (
+        np.abs(part - result[:32, :32]).mean() < np.abs(part - whole(net, picture[:32, :32])).mean()
+    )
+    other = [(mean + 1, var) for mean, var in used]
+    assert np.abs(tiled(net, picture, 32, statistics=other) - result).max() > 0.1
+
+
+def test_space_is_as_worked_out(monkeypatch, tmp_path):
+    alive, peaks, made = weakref.WeakSet(), [], tiling.FeatureMap.__init__
+
+    def count(self, *args):
+        made(self, *args)
+        alive.add(self)
+        peaks.append(sum(m.shape[0] * m.shape[1] * m.pixel for m in alive))
+        assert list(tmp_path.iterdir()) == []  # the files have no name, so a kill leaves nothing
+
+    monkeypatch.setattr(tiling.FeatureMap, "__init__", count)
+    net, picture = make(n_residual_blocks=4), draw(61, 90)
+    tiled(net, picture, 32, folder=tmp_path)
+    assert max(peaks) == tiling.scratch_bytes(net, 61, 90, None) == 64 * 92 * 4 * 4 * 3 // 2
+    assert len(alive) == 0
+
+
+def test_no_room(monkeypatch, tmp_path):
+    net, picture = make(), draw(64, 96)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(
+        UserError, match=r"0\.0 GB of scratch space, but .* name another .*--scratch"
+    ):
+        tiling.translate_picture(net, picture, 32, None, tmp_path)
+    tiling.translate_picture(net, picture, 32, None, None, tmp_path)  # fits into memory
+    monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
+    with pytest.raises(UserError, match="scratch space"):
+        tiling.translate_picture(net, picture, 32, None, None, tmp_path)
+    monkeypatch.undo()
+    full = open("/dev/full", "w+b", 0)  # noqa: SIM115
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full)
+    with pytest.raises(UserError, match="No space left on device.*--scratch"):
+        tiling.translate_picture(net, picture, 32, None, tmp_path)
+
+
+def test_pick_tile(monkeypatch):
+    net = make()
+    monkeypatch.setattr(datasets, "free_memory", lambda: 10**9)
+    most = int(0.8e9 / (940 * 4 / 64))  # pixels that fit
+    pick = lambda *args: tiling.pick_tile(net, *args)
+    assert pick(1000, most // 1000, None, None) == 0
+    assert pick(1000, most // 1000 + 1, None, None) == 512
+    assert pick(1000, most // 1000 + 1, torch.bfloat16, None) == 0
+    assert pick(10**6, 10**6, None, 0) == 0 and pick(64, 64, None, 100) == 100
+    unet = UNet(ngf=4, num_downs=5)
+    assert tiling.pick_tile(unet, 64, 64, None, None) == 0
+    with pytest.raises(UserError, match="only ResNet generators"):
+        tiling.pick_tile(unet, 64, 64, None, 100)
