@@ -67,11 +67,28 @@ class ResidualBlock(nn.Module):
         return x + self.conv_block(x)  # (N, C, H, W)
 
 
+class Clamp(torch.autograd.Function):
+    """x clamped to [-1, 1]; outside, a gradient passes if it leads back into the range."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (((x <= 1) | (grad > 0)) & ((x >= -1) | (grad < 0)))
+
+
 class Generator(nn.Module):
     """The paper's ResNet generator (section 7.2, after Johnson et al. 2016).
 
     (N, input_nc, H, W) in [-1, 1] -> (N, output_nc, H, W) in [-1, 1]; H and W multiples of 4.
     c7s1-ngf, two stride-2 convolutions, residual blocks, two up-samplings, c7s1-output_nc, tanh.
+
+    With `keep_source` the last convolution has two channels more, and `output` changes the input
+    instead of replacing it: what need not change stays, which instance norm would not allow.
     """
 
     multiple = 4  # H and W must be multiples of it
@@ -85,9 +102,12 @@ class Generator(nn.Module):
         norm: str = "instance",
         upsample: str = "deconv",
         dropout: bool = False,
+        keep_source: bool = False,
     ):
         super().__init__()
         self.input_nc, self.output_nc = input_nc, output_nc
+        # in the file its name tells which form the weights are for; None is not saved
+        self.register_buffer("keep_source", torch.ones(()) if keep_source else None)
         bias = norm == "instance"  # as published: also what tells "none" from "instance" in a file
 
         def normed(layer: nn.Module) -> list[nn.Module]:
@@ -107,7 +127,7 @@ class Generator(nn.Module):
                 up = nn.ConvTranspose2d(c, c // 2, 3, 2, padding=1, output_padding=1, bias=bias)
                 layers += normed(up)
             c //= 2
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(c, output_nc, 7), nn.Tanh()]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(c, output_nc + 2 * keep_source, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,9 +137,21 @@ class Generator(nn.Module):
         return self.output(z, x)
 
     def output(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The picture from the last convolution's `z` and the source `x`, pixel by pixel."""
-        # under autocast z is bf16, in which tanh could not tell two neighbouring greys
-        return self.model[-1](z.to(self.model[1].weight.dtype))
+        """The translation, pixel by pixel, from the last convolution's `z` and the source `x`.
+
+        tanh(z), or with `keep_source` clamp(x + m ((2 - k) tanh(z / (2 - k)) - k x)): the mask m
+        says where to change, k how much of the source is painted over. m = k = 1 gives tanh(z);
+        k = 0 a residual of up to 2, which reaches every color. (Masks: GANimation, Pumarola et al.
+        2018; gradients pass the clamp where they lead back into [-1, 1].)
+        """
+        # under autocast z is bf16, in which tanh could not tell two neighboring greys
+        z, x = z.to(self.model[1].weight.dtype), x.to(self.model[1].weight.dtype)
+        if self.keep_source is None:
+            return self.model[-1](z)  # (N, output_nc, H, W)
+        z, m, k = z.split([self.output_nc, 1, 1], dim=1)
+        m, k = m.sigmoid(), (k - 2).sigmoid()  # k begins at 0.12
+        y = x + m * ((2 - k) * torch.tanh(z / (2 - k)) - k * x)
+        return Clamp.apply(y) if self.training else y.clamp(-1, 1)  # (N, output_nc, H, W)
 
 
 class UNetBlock(nn.Module):
@@ -353,14 +385,16 @@ def read_resnet(shapes: dict[str, tuple], norm: str) -> Generator:
     blocks = {name.split(".")[1] for name in shapes if ".conv_block." in name}
     ngf, input_nc = convs[1][:2]
     first_up = 10 + len(blocks)  # a convolution there, or an Upsample with the convolution after it
+    keep_source = "keep_source" in shapes
     return Generator(
         input_nc,
-        output_nc=convs[max(convs)][0],
+        output_nc=convs[max(convs)][0] - 2 * keep_source,
         ngf=ngf,
         n_residual_blocks=len(blocks),
         norm=norm,
         upsample="deconv" if first_up in convs else "nearest",
         dropout=len(shapes.get("model.10.conv_block.6.weight", ())) == 4,
+        keep_source=keep_source,
     )
 
 
