@@ -363,6 +363,16 @@ def generator_from_state(content: dict) -> nn.Module:
     return net
 
 
+def keep_source_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a `keep_source` generator that begins with the pictures of a plain one."""
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("model."))
+    weight, bias = state[f"model.{last}.weight"], state[f"model.{last}.bias"]
+    state = {**state, "keep_source": torch.ones(())}
+    state[f"model.{last}.weight"] = torch.cat([weight, weight.new_zeros(2, *weight.shape[1:])])
+    state[f"model.{last}.bias"] = torch.cat([bias, torch.tensor([7.0, 9.0])])  # m and k near 1
+    return state
+
+
 def clean_state(content: dict) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint under their plain names."""
     for key in ("state_dict", "model", "params_ema", "netG"):

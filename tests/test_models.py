@@ -1,9 +1,20 @@
 """Shapes, counts, names and first weights of the networks."""
 
+import numpy as np
 import pytest
 import torch
 
-from models import Discriminator, Generator, UNet, init_weights, make_generator, translate
+from models import (
+    Clamp,
+    Discriminator,
+    Generator,
+    UNet,
+    generator_from_state,
+    init_weights,
+    keep_source_state,
+    make_generator,
+    translate,
+)
 
 
 def count(net: torch.nn.Module) -> int:
@@ -95,3 +106,68 @@ def test_bf16_output_is_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert net(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
         assert Discriminator(ndf=4)(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# --keep_source: the generator changes its source
+
+
+def keeping(**options) -> Generator:
+    torch.manual_seed(0)
+    return init_weights(Generator(ngf=4, n_residual_blocks=1, keep_source=True, **options)).eval()
+
+
+def set_head(net: Generator, mask: float, paint: float) -> None:
+    """Fix the mask m = sigmoid(mask) and k = sigmoid(paint - 2), whatever the picture."""
+    with torch.no_grad():
+        net.model[-2].weight[-2:] = 0
+        net.model[-2].bias[-2:] = torch.tensor([mask, paint])
+
+
+def test_keep_source_formula():
+    net, x = keeping(), torch.rand(2, 3, 16, 20) * 2 - 1
+    with torch.no_grad():
+        z = net.model[:-1](x).double().numpy()
+        y = net(x)
+    z, m, k = z[:, :3], 1 / (1 + np.exp(-z[:, 3:4])), 1 / (1 + np.exp(2 - z[:, 4:]))
+    change = (2 - k) * np.tanh(z / (2 - k)) - k * x.double().numpy()
+    expected = np.clip(x.double().numpy() + m * change, -1, 1)
+    assert np.abs(y.double().numpy() - expected).max() < 1e-5
+    assert np.abs(y - x).mean() > 0.01
+
+
+def test_keep_source_reaches_from_the_source_to_the_paper():
+    net, x = keeping(), torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        set_head(net, mask=-40, paint=0)
+        assert torch.equal(net(x), x)
+        set_head(net, mask=40, paint=40)
+        assert torch.allclose(net(x), torch.tanh(net.model[:-1](x)[:, :3]), atol=1e-6)
+
+
+def test_clamp_lets_gradients_back_into_the_range():
+    x = torch.tensor([-2.0, -2.0, 0.5, 0.5, 2.0, 2.0], requires_grad=True)
+    grad = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # a positive one lowers x
+    y = Clamp.apply(x)
+    y.backward(grad)
+    assert y.tolist() == [-1, -1, 0.5, 0.5, 1, 1]
+    assert x.grad.tolist() == [0, -1, 1, -1, 1, 0]
+
+
+@pytest.mark.parametrize("upsample", ["deconv", "nearest"])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_keep_source_is_read_from_the_file(upsample, norm):
+    net = keeping(upsample=upsample, norm=norm, dropout=True, input_nc=2, output_nc=2)
+    read, x = generator_from_state(net.state_dict()).eval(), torch.rand(1, 2, 16, 16)
+    assert read.output_nc == 2 and torch.equal(read(x), net(x))
+    plain = Generator(ngf=4, n_residual_blocks=1).state_dict()
+    assert "keep_source" not in plain and generator_from_state(plain).keep_source is None
+
+
+def test_keep_source_starts_from_published_pictures():
+    torch.manual_seed(1)
+    published = init_weights(Generator(ngf=4, n_residual_blocks=1)).eval()
+    start = keep_source_state(published.state_dict())
+    net, x = generator_from_state(start).eval(), torch.rand(1, 3, 16, 16) * 2 - 1
+    assert net.keep_source is not None
+    assert (net(x) - published(x)).abs().max() < 0.01
