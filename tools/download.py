@@ -1,4 +1,9 @@
-"""Get the data: sets and weights fetched by name, or the demo set drawn on the spot."""
+"""Download data sets and published weights by name, or draw the demo set.
+
+python -m tools.download                        lists the names
+python -m tools.download apple2orange           -> dataset/apple2orange
+python -m tools.download --weights horse2zebra  -> models/horse2zebra.pth
+"""
 
 import argparse
 import difflib
@@ -40,15 +45,15 @@ DATASETS = {
     name: (int(size), digest)  # bytes and SHA-256 of NAME.zip
     for name, size, digest in (row.split() for row in KNOWN_SETS.split("\n") if row)
 }
-WEIGHTS = [
-    "apple2orange", "orange2apple", "summer2winter_yosemite", "winter2summer_yosemite",
-    "horse2zebra", "zebra2horse", "monet2photo", "style_monet", "style_cezanne", "style_ukiyoe",
-    "style_vangogh", "sat2map", "map2sat", "cityscapes_photo2label", "cityscapes_label2photo",
-    "facades_photo2label", "facades_label2photo", "iphone2dslr_flower",
-]  # fmt: skip
+PUBLISHED = """
+apple2orange orange2apple summer2winter_yosemite winter2summer_yosemite horse2zebra zebra2horse
+monet2photo style_monet style_cezanne style_ukiyoe style_vangogh sat2map map2sat iphone2dslr_flower
+cityscapes_photo2label cityscapes_label2photo facades_photo2label facades_label2photo
+"""
+WEIGHTS = PUBLISHED.split()
 
-TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # connections per run; seconds before the second; of silence
-CHUNK = 1 << 16  # bytes read at a time: what a broken connection can cost
+TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # connections; seconds before the second; without an answer
+CHUNK = 1 << 16  # bytes read at a time: the most that a broken connection loses
 MAX_FILES, MAX_BYTES, MAX_RATIO = 100_000, 20 << 30, 50  # an archive beyond these is a bomb
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError)
 FIRST_BYTES = {  # how a file of each kind begins
@@ -57,14 +62,13 @@ FIRST_BYTES = {  # how a file of each kind begins
 }
 
 # ------------------------------------------------------------------------------------------------
-# Fetching
+# Downloading
 
 
 def fetch(url: str, part: Path, kind: str) -> None:
-    """Download url to the file `part`, going on from where an earlier run or try broke off.
+    """Download url to the file `part`, resuming what an earlier run or try began.
 
-    Raises:
-        UserError: no answer, an error from the server, something else than a `kind`, disk trouble.
+    Raises UserError: no answer, an error from the server, not a `kind`, or a full disk.
     """
     utils.make_folder(part.parent)
     for attempt in range(TRIES):
@@ -76,21 +80,21 @@ def fetch(url: str, part: Path, kind: str) -> None:
             problem = "the connection broke off"
         except urllib.error.HTTPError as error:
             problem = f"the server says {error.code} {error.reason}"
-            if error.code == 416:  # our part is longer than the file is now
+            if error.code == 416:  # the part is longer than the file is now
                 discard(part)
             elif error.code < 500:
                 raise UserError(f"cannot fetch {url}: {problem}; is the address right?") from error
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a bad URL
             problem = str(error) or type(error).__name__
     raise UserError(
-        f"cannot fetch {url} after {TRIES} tries ({problem}): what came so far is kept, so run it "
-        "again to go on, or choose another server with --mirror"
+        f"cannot fetch {url} after {TRIES} tries ({problem}): run it again to resume from what is "
+        "there, or choose another server with --mirror"
     )
 
 
 def fetch_rest(url: str, part: Path, kind: str) -> bool:
-    """Append to `part` what one connection gives; whether the file is complete then."""
-    version_file = part.with_name(part.name + ".version")  # which file the part is a part of
+    """Append to `part` what one connection gives; returns whether the file is complete."""
+    version_file = part.with_name(part.name + ".version")  # length and tag of the whole file
     start = part.stat().st_size if part.exists() and version_file.exists() else 0
     version = version_file.read_text() if start else ""
     if version.startswith(f"{start} "):
@@ -105,7 +109,7 @@ def fetch_rest(url: str, part: Path, kind: str) -> bool:
         if response.status != 206:
             start = 0  # the server knows no ranges
         elif (begin, current) != (start, version):
-            discard(part)  # not the file that was begun: the next try starts over
+            discard(part)  # another file than before: the next try starts over
             return False
         chunk = response.read(CHUNK)
         if not chunk:
@@ -125,37 +129,30 @@ def fetch_rest(url: str, part: Path, kind: str) -> bool:
 
 
 def discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    part.with_name(part.name + ".version").unlink(missing_ok=True)
+    for name in (part.name, part.name + ".version"):
+        part.with_name(name).unlink(missing_ok=True)
 
 
 def check_first_bytes(head: bytes, source: str | Path, kind: str) -> None:
-    """Refuse by its beginning what cannot be a `kind`."""
+    """Raise UserError if a file that begins with `head` cannot be a `kind`."""
     if head.lstrip()[:1] == b"<":
-        raise UserError(
-            f"{source} is a web page, not a {kind}: the server or a login page on the way answered "
-            "with HTML; open it in a browser to see what it says"
-        )
+        raise UserError(f"{source} is a web page, not a {kind}: open it in a browser to read it")
     if not head.startswith(FIRST_BYTES[kind]):
         raise UserError(f"{source} is not a {kind}")
 
 
 def has_known_sum(archive: Path, name: str, strict: bool) -> bool:
-    """Compare the archive's SHA-256 with the one we know: a warning, or with strict a UserError."""
-    known = DATASETS[name][1]
-    digest = hashlib.sha256()
+    """Whether the archive has the expected SHA-256; warns if not, with strict a UserError."""
+    known, digest = DATASETS[name][1], hashlib.sha256()
     with open(archive, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() == known:
         return True
-    if known == "unknown":
-        problem = f"no SHA-256 of {name}.zip is known to compare with; it has {digest.hexdigest()}"
-    else:
-        problem = (
-            f"{name}.zip has SHA-256 {digest.hexdigest()} where {known} was expected: the server "
-            "may have repacked it, or somebody changed it"
-        )
+    problem = (
+        f"{name}.zip has SHA-256 {digest.hexdigest()}, expected is {known}: the server may have "
+        "repacked it, or somebody changed it"
+    )
     if strict:
         raise UserError(f"{problem} (refused because of --strict)")
     print(f"warning: {problem}", file=sys.stderr)
@@ -169,10 +166,8 @@ def has_known_sum(archive: Path, name: str, strict: bool) -> bool:
 def unzip(archive: Path, target: Path) -> None:
     """Unpack a set's zip as the folder `target`, without the leading folder of the same name.
 
-    Sizes are counted as bytes come out, since an archive's own figures may lie.
-
-    Raises:
-        UserError: damaged, encrypted, a path that leads outside, a link, a bomb, disk trouble.
+    Sizes are counted while unpacking, because those in the archive may be wrong. Raises UserError:
+    damaged, encrypted, a path that leads outside, a link, a zip bomb, or a full disk.
     """
     limit = min(MAX_BYTES, MAX_RATIO * archive.stat().st_size)
     try:
@@ -189,7 +184,7 @@ def unzip(archive: Path, target: Path) -> None:
                         if limit < 0:
                             raise UserError(
                                 f"{archive} is refused: it unpacks to over {MAX_RATIO} times its "
-                                f"size or {MAX_BYTES >> 30} GiB, which no set of pictures does"
+                                f"size or {MAX_BYTES >> 30} GiB"
                             )
                         file.write(chunk)
     except DAMAGED as error:
@@ -197,10 +192,10 @@ def unzip(archive: Path, target: Path) -> None:
 
 
 def safe_path(member: zipfile.ZipInfo, archive: Path, name: str) -> PurePosixPath:
-    """Where a member goes within the set's folder; UserError if it is not a plain file inside."""
+    """A member's path within the set's folder; UserError if it is not a plain file inside."""
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    windows = PureWindowsPath(str(path))  # what a drive letter is; a colon elsewhere is fine
-    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the packer did not say
+    windows = PureWindowsPath(str(path))  # recognises drive letters; other colons are allowed
+    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if not recorded
     problem = None
     if path.is_absolute() or windows.drive or ".." in path.parts:
         problem = "leads outside the folder"
@@ -220,14 +215,13 @@ def safe_path(member: zipfile.ZipInfo, archive: Path, name: str) -> PurePosixPat
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", help="the set to get; none: list them")
-    parser.add_argument("--weights", metavar="NAME", help="get a published generator into models/")
-    parser.add_argument(
-        "--mirror", metavar="URL", help="other folder on the web to get the file from"
-    )
-    parser.add_argument("--zip", type=Path, metavar="FILE", help="unpack a zip fetched by hand")
-    parser.add_argument("--strict", action="store_true", help="refuse a zip of another SHA-256")
+    parser = argparse.ArgumentParser(description="Download data sets and weights by name.")
+    add = parser.add_argument
+    add("name", nargs="?", help="the data set; none: list the names")
+    add("--weights", metavar="NAME", help="download a published generator into models/")
+    add("--mirror", metavar="URL", help="web folder to download from instead")
+    add("--zip", type=Path, metavar="FILE", help="unpack a zip that you downloaded yourself")
+    add("--strict", action="store_true", help="refuse a zip of another SHA-256")
     utils.add_workdir(parser)
     return parser.parse_args(argv)
 
@@ -251,8 +245,7 @@ def list_names() -> None:
     for name, (size, _) in DATASETS.items():
         print(f"  {name:24}{f'{size / 1e6:.0f} MB' if size else 'size not known'}")
     print("weights (python -m tools.download --weights NAME), about 46 MB each:")
-    for name in WEIGHTS:
-        print(f"  {name}")
+    print(*(f"  {name}" for name in WEIGHTS), sep="\n")
 
 
 def check_name(name: str, names: list[str]) -> None:
@@ -263,22 +256,21 @@ def check_name(name: str, names: list[str]) -> None:
 
 
 def get_dataset(name: str, args: argparse.Namespace) -> None:
-    """Draw, fetch or unpack a set into <workdir>/dataset/<name>, unless it is there."""
+    """Draw, download or unpack a set into <workdir>/dataset/<name>, unless it exists."""
     check_name(name, ["demo", *DATASETS])
     target = args.workdir / "dataset" / name
     part = target.with_name(f"{name}.zip.part")
     if target.is_dir() and any(target.iterdir()):
-        print(f"{target} is already there; delete it to get it anew")
+        print(f"{target} already exists; delete it to download it again")
         return
     if name == "demo":
         draw_demo(target)
     elif args.zip:
-        try:
-            with open(args.zip, "rb") as file:
-                check_first_bytes(file.read(512), args.zip, "zip archive")
-            has_known_sum(args.zip, name, args.strict)
-        except OSError as error:
-            raise UserError(f"cannot read {args.zip} ({error.strerror})") from error
+        if not args.zip.is_file():
+            raise UserError(f"cannot read {args.zip}: there is no such file")
+        with open(args.zip, "rb") as file:
+            check_first_bytes(file.read(512), args.zip, "zip archive")
+        has_known_sum(args.zip, name, args.strict)
         unzip(args.zip, target)
     else:
         server = (args.mirror or f"{SERVER}/datasets").rstrip("/")
@@ -288,7 +280,7 @@ def get_dataset(name: str, args: argparse.Namespace) -> None:
             known = has_known_sum(part, name, args.strict)
             unzip(part, target)
         except UserError:
-            if not known:  # a bad file is not worth keeping; a good one is, when the disk is full
+            if not known:  # a good file is kept for when the disk has space again
                 discard(part)
             raise
         discard(part)
@@ -296,11 +288,11 @@ def get_dataset(name: str, args: argparse.Namespace) -> None:
 
 
 def get_weights(name: str, args: argparse.Namespace) -> None:
-    """Fetch a published generator into <workdir>/models/<name>.pth, unless it is there."""
+    """Download a published generator into <workdir>/models/<name>.pth, unless it exists."""
     check_name(name, WEIGHTS)
     target = args.workdir / "models" / f"{name}.pth"
     if target.exists():
-        print(f"{target} is already there; delete it to get it anew")
+        print(f"{target} already exists; delete it to download it again")
         return
     part = target.with_name(f"{name}.pth.part")
     server = (args.mirror or f"{SERVER}/pretrained_models").rstrip("/")

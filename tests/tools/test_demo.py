@@ -62,7 +62,7 @@ def test_demo_is_drawn_once(demo, capsys):
     workdir = demo.parent.parent
     before = {p: p.stat().st_mtime_ns for p in demo.rglob("*")}
     download.main(download.parse_args(["demo", "--workdir", str(workdir)]))
-    assert "already there" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in demo.rglob("*")} == before
 
 
@@ -70,7 +70,7 @@ def test_demo_broken_off_leaves_nothing(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("demo.draw_scene", stop)
+    monkeypatch.setattr("tools.demo.draw_scene", stop)
     with pytest.raises(KeyboardInterrupt):
         draw_demo(tmp_path / "dataset/demo")
     assert list((tmp_path / "dataset").iterdir()) == []

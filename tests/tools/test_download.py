@@ -113,7 +113,7 @@ def test_fetches_unpacks_and_never_overwrites(server, tmp_path, monkeypatch, cap
     mark = tmp_path / "dataset/maps/trainA/1.jpg"
     mark.write_bytes(b"mine")
     run(tmp_path, "maps", "--mirror", server.url)
-    assert "already there" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert mark.read_bytes() == b"mine" and len(server.requests) == 1
 
 
@@ -128,7 +128,7 @@ def test_resumes_within_a_run(server, tmp_path, monkeypatch):
 def test_resumes_in_a_later_run(server, tmp_path, monkeypatch):
     server.body, server.cuts = zip_of(GOOD), [5000] * download.TRIES
     know(monkeypatch, server.body)
-    with pytest.raises(UserError, match="what came so far is kept"):
+    with pytest.raises(UserError, match="run it again to resume"):
         run(tmp_path, "maps", "--mirror", server.url)
     assert (tmp_path / "dataset/maps.zip.part").read_bytes() == server.body[:5000]
     server.cuts, server.requests = [], []
@@ -338,7 +338,7 @@ def test_weights(server, tmp_path, legacy, capsys):
     loaded = torch.load(tmp_path / "models/horse2zebra.pth", weights_only=True)
     assert torch.equal(loaded["model.1.weight"], weights["model.1.weight"])
     run(tmp_path, "--weights", "horse2zebra", "--mirror", server.url)
-    assert "already there" in capsys.readouterr().out and len(server.requests) == 2
+    assert "already exists" in capsys.readouterr().out and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("body", [b"<html>no</html>", b"\x80\x04\x95 a pickle", b"garbage" * 100])
