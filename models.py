@@ -309,6 +309,10 @@ def translate(
     The picture is padded by reflection, right and below, to what the network can halve and the
     result cropped back. `dtype` is the autocast precision, None for float32.
     """
+    if net.training:  # dropout and batch statistics are for training alone
+        y = translate(net.eval(), x, dtype)
+        net.train()
+        return y
     height, width = x.shape[2:]
     x = x[:, :, mirrored(height, net.multiple, x.device)]
     x = x[..., mirrored(width, net.multiple, x.device)]
@@ -421,6 +425,8 @@ def read_unet(shapes: dict[str, tuple], norm: str) -> UNet:
 
 class OnnxGenerator:
     """A generator exported by export.py, run by onnxruntime; called like the networks above."""
+
+    training = False
 
     def __init__(self, path: Path):
         try:

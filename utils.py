@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import datetime
-import errno
 import json
 import math
 import os
 import pickle
 import platform
 import random
-import shutil
+import re
 import signal
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,17 +29,17 @@ from PIL import Image
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback."""
+    """An error the user can fix: shown as one sentence, exit code 2, no traceback."""
 
 
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Run a script's `main(args)` and exit with its code; a UserError is one line and code 2."""
-    warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is told by us
+    warnings.filterwarnings("ignore", module="PIL")  # unreadable pictures have messages of ours
     try:
         code = main(args)
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads must not outlive it
-    except UserError as error:  # the last line, as a data worker's comes with a traceback before
+    except UserError as error:  # one from a data worker has its traceback before the last line
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         code = 2
@@ -56,28 +54,23 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn the device's out-of-memory error into a UserError that says what would need less."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"the GPU is out of memory: {advice}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how the CPU allocator puts it
+    except RuntimeError as error:  # the second text is the CPU allocator's
+        full = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not full and "can't allocate memory" not in str(error):
             raise
-        raise UserError(f"the machine is out of memory: {advice}") from error
+        where = "GPU" if full else "machine"
+        raise UserError(f"the {where} is out of memory: {advice}") from error
 
 
 # ------------------------------------------------------------------------------------------------
 # Files
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or the largest file allowed
-
 
 def add_workdir(parser: argparse._ActionsContainer) -> None:
     """Add the `--workdir` option that every script has."""
+    folders = "dataset/, models/, images/, logs/, outputs/ and result/"
     parser.add_argument(
-        "--workdir",
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="where dataset/, models/, images/, logs/, outputs/ and result/ are (default: .)",
+        "--workdir", type=Path, default=Path("."), metavar="DIR", help=f"where {folders} are (.)"
     )
 
 
@@ -93,6 +86,21 @@ def make_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk while `path` is written into a UserError that names both."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # by torch.save
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"cannot write {path} ({cause.strerror or cause}): free some space, make the folder "
+            "writable or choose another --workdir; what was saved before is untouched"
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` only when it is complete and on disk.
 
@@ -102,53 +110,17 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: disk full, folder missing or not writable.
     """
-    path = Path(path)
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and not disk_is_full(path.parent):
-            raise  # torch.save reports a full disk as a RuntimeError, and other things too
-        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = "the disk is full" if is_disk_full(error, path.parent) else told
-        raise UserError(
-            f"cannot write {path} ({reason}): free some space or make the folder writable; "
-            "what was saved before is untouched"
-        ) from error
-    finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    """Delete a file if it is there and that is allowed."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def is_disk_full(error: Exception, folder: Path) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in NO_ROOM
-    return disk_is_full(folder)
-
-
-def disk_is_full(folder: Path) -> bool:
-    """Whether not even one more megabyte can be written there (statvfs does not know quotas)."""
-    probe = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with open(probe, "xb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error.errno in NO_ROOM
-    finally:
-        remove(probe)
-    return False
+    temporary = Path(path).parent / f".{uuid.uuid4().hex}.tmp"
+    with writing(path):
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(temporary.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -162,40 +134,24 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what can go wrong with a disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}): free some space, make the folder "
-            "writable or choose another --workdir"
-        ) from error
-
-
-@contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` only when all is in it; UserError if it can't."""
-    make_folder(target.parent)
-    with writing(target):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            temporary.chmod(0o755)  # mkdtemp makes it private
-            yield temporary
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    parent = make_folder(target.parent)
+    with writing(target), tempfile.TemporaryDirectory(prefix=".", dir=parent) as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, target)
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Delete what a killed run left half-written, in sub-folders such as outputs/A too."""
-    for pattern in (".*.tmp", "*/.*.tmp"):
-        for path in folder.glob(pattern):
-            remove(path)
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def save_tensors(path: Path, content: dict) -> None:
-    """`torch.save` through `atomic_write`."""
     with atomic_write(path) as file:
         torch.save(content, file)
 
@@ -217,21 +173,16 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
         UserError: the file is missing, empty, truncated, a web page, no checkpoint at all, or a
             pickle that asks for code to be run; each with its own sentence.
     """
+    head = b""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
+            if head.startswith(b"PK"):  # compare the checksums, which torch.load does not
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip():
+                        raise zipfile.BadZipFile
             file.seek(0)
-            if not head:
-                raise UserError(f"{path} is empty: the copy or download of it never finished")
-            if head.lstrip()[:1] == b"<":
-                raise UserError(
-                    f"{path} is a web page, not a checkpoint: download it again from a direct link"
-                )
-            if head.startswith(b"PK"):
-                check_zip(file)
             content = torch.load(file, map_location=device, weights_only=True)
-    except UserError:
-        raise
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train first, or name another") from None
     except zipfile.BadZipFile as error:
@@ -239,26 +190,20 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error})") from error
     except Exception as error:  # on damaged pickles torch.load raises some ten kinds of errors
-        if isinstance(error, pickle.UnpicklingError) and (
+        reason = "is not a PyTorch checkpoint, or is damaged"
+        if not head:
+            reason = "is empty: the copy or download of it never finished"
+        elif head.lstrip()[:1] == b"<":
+            reason = "is a web page, not a checkpoint: download it again from a direct link"
+        elif isinstance(error, pickle.UnpicklingError) and (
             head.startswith(b"\x80") or "GLOBAL" in str(error)
         ):
-            raise UserError(
-                f"{path} is refused: it holds more than tensors (a pickle that could run code "
-                "when loaded); save it again as a plain state_dict"
-            ) from error
-        raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
+            reason = "is refused: it holds more than tensors (a pickle that could run code when "
+            reason += "loaded); save it again as a plain state_dict"
+        raise UserError(f"{path} {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state_dict")
     return content
-
-
-def check_zip(file: BinaryIO) -> None:
-    """Compare the checksums of a zip file, which torch.load does not; BadZipFile if they differ."""
-    with zipfile.ZipFile(file) as archive:
-        wrong = archive.testzip()
-    if wrong:
-        raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
-    file.seek(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +213,7 @@ def check_zip(file: BinaryIO) -> None:
 def add_device_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options that choose where and how precisely to compute."""
     group = parser.add_argument_group("device")
-    group.add_argument("--cuda", action="store_true", help="insist on a CUDA GPU")
+    group.add_argument("--cuda", action="store_true", help="fail without a CUDA GPU")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
     group.add_argument(
         "--amp",
@@ -287,7 +232,7 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None, i
     by torchrun).
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device cannot be used.
     """
     device = pick_device(args.device, args.cuda)
     dtype = pick_precision(args.amp, device)
@@ -302,66 +247,36 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None, i
 
 
 def pick_device(name: str | None, cuda: bool = False) -> torch.device:
-    """The device asked for, or the best at hand; under torchrun each rank gets its own GPU.
-
-    Raises:
-        UserError: the device is not there.
-    """
+    """The device asked for, or the best at hand; under torchrun each rank has its own GPU."""
     if name is None:
         mps = torch.backends.mps.is_available()
         name = "cuda" if cuda or torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown --device {name}: use cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "CUDA was asked for, but PyTorch sees no CUDA GPU: check the driver (nvidia-smi) "
-                "and that this PyTorch has CUDA, or leave out --cuda to use the CPU"
-            )
-        if device.index is None:
+        if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps was asked for, but this machine has none: use --device cpu")
-    return device
-
-
-def describe(device: torch.device) -> str:
-    """Date, device, versions: what a published number is worth nothing without."""
-    name = platform.processor() or platform.machine()
+        torch.zeros(1, device=device)  # no driver, no such GPU, a GPU too old: it fails here
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"cannot use the device {name} ({str(error).splitlines()[0]}): check the driver "
+            "(nvidia-smi) and that this PyTorch has support for it, or leave out --cuda and "
+            "--device to use what there is"
+        ) from error
     if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    return (
-        f"{datetime.date.today()}, {device.type}: {name}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, python {platform.python_version()}"
-    )
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     """The dtype for autocast, or None for float32 throughout."""
-    if amp == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.get_device_capability(device) >= (8, 0)
-            return torch.bfloat16 if native else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    if amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    flags = Path("/proc/cpuinfo")  # emulated, bf16 is slower than float32
+    native = device.type == "cpu" and flags.exists() and "_bf16" in flags.read_text()
+    return torch.bfloat16 if native else None
 
 
 def set_backends(device: torch.device, dtype: torch.dtype | None) -> None:
@@ -369,6 +284,20 @@ def set_backends(device: torch.device, dtype: torch.dtype | None) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes hardly change, so searching once pays
         torch.backends.cudnn.allow_tf32 = dtype is not None
+
+
+def describe(device: torch.device) -> str:
+    """Date, device and versions, for the head of a table of measurements."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
+    elif Path("/proc/cpuinfo").exists():
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = models[0] if models else name
+    return (
+        f"{datetime.date.today()}, {device.type}: {name}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, python {platform.python_version()}"
+    )
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
@@ -380,99 +309,77 @@ def precision_name(dtype: torch.dtype | None) -> str:
     return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-# ------------------------------------------------------------------------------------------------
-# Training parts
-
-
-@contextlib.contextmanager
-def evaluating(*nets: torch.nn.Module) -> Iterator[None]:
-    """Put networks into eval mode, and back into the mode that each was in."""
-    modes = [net.training for net in nets]
-    for net in nets:
-        net.eval()
-    try:
-        yield
-    finally:
-        for net, mode in zip(nets, modes, strict=True):
-            net.train(mode)
-
-
-class WriterThread:
-    """A thread that writes files while the device trains; one job at a time."""
-
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.job = self.pool.submit(int)  # nothing yet
-
-    def submit(self, function: Callable, *arguments) -> None:
-        """Wait for the last job, raise what it raised, and begin another."""
-        self.job.result()
-        self.job = self.pool.submit(function, *arguments)
-
-    def check(self) -> None:
-        """Raise what the last job raised, if it is done."""
-        if self.job.done():
-            self.job.result()
-
-    def close(self) -> None:
-        """Wait for the last job and raise what it raised."""
-        self.pool.shutdown()
-        self.job.result()
-
-
 class StopRequest:
     """Remembers Ctrl-C or SIGTERM until the iteration is done; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.signal = 0
-        self.alone = "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun repeats the signal to us
+        self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it repeats the signal to us
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number: int, frame) -> None:
-        if self.signal and number == signal.SIGINT and self.alone:
+        if self.signal and number == signal.SIGINT and not self.torchrun:
             raise KeyboardInterrupt
         self.signal = number
         if int(os.environ.get("RANK", 0)) == 0:
             print("\nfinishing this iteration, then saving (Ctrl-C again: stop now)", flush=True)
 
-    def restore(self) -> None:
+    def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def agree(world_size: int, *numbers: int) -> list[int]:
+    """The largest of each number over all ranks, so that what one has seen, all act upon."""
+    if world_size == 1:
+        return list(numbers)
+    shared = torch.tensor(numbers)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)  # a CPU tensor: gloo, so no wait for the GPU
+    return shared.tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training parts
 
 
 class ReplayBuffer:
     """History of generated pictures (paper section 4; Shrivastava et al. 2017).
 
     The first `size` pictures are stored and returned. From then on each picture is, with
-    probability 1/2, stored in place of a random old one, which is returned instead; otherwise it is
-    returned and not stored. Choices are made on the host, so a GPU is never waited for.
+    probability 1/2, swapped for a random stored one, or else returned and not stored; so is one of
+    another shape than the first. Choices are made on the host: a GPU is never waited for.
     """
 
     def __init__(self, size: int = 50, seed: int = 0):
-        self.size = size
-        self.random = random.Random(seed)
-        self.images: list[torch.Tensor] = []
+        self.size, self.random = size, random.Random(seed)
+        self.images, self.n = torch.empty(0), 0  # (size, C, H, W), of which n are filled
 
-    def query(self, images: torch.Tensor) -> torch.Tensor:
-        """Take new fakes (N, C, H, W), give as many, some of them old ones; gradients are cut."""
-        if self.size == 0:
-            return images.detach()
-        chosen = []
-        for image in images.detach():
-            if len(self.images) < self.size:
-                self.images.append(image.clone())
+    def query(self, fakes: torch.Tensor) -> torch.Tensor:
+        """Take new fakes (N, C, H, W), return as many, some of them old ones, without gradients."""
+        fakes = fakes.detach()
+        result = fakes.clone()
+        if self.n == 0:
+            self.images = fakes.new_zeros(self.size, *fakes.shape[1:])
+        if self.size == 0 or fakes.shape[1:] != self.images.shape[1:]:
+            return result
+        for k in range(len(fakes)):
+            if self.n < self.size:
+                self.images[self.n] = fakes[k]
+                self.n += 1
             elif self.random.random() < 0.5:
                 i = self.random.randrange(self.size)
-                image, self.images[i] = self.images[i], image.clone()
-            chosen.append(image)
-        return torch.stack(chosen)
+                result[k] = self.images[i]
+                self.images[i] = fakes[k]
+        return result
 
     def state_dict(self) -> dict:
-        images = [image.cpu() for image in self.images]  # they may have to go to another rank
-        return {"images": images, "random": self.random.getstate()}
+        return {"images": self.images[: self.n], "random": self.random.getstate()}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.images = [image.to(device) for image in state["images"][: self.size]]
+        images = state["images"][: self.size]
+        self.images = torch.zeros(self.size, *images.shape[1:], device=device)
+        self.n = len(images)
+        self.images[: self.n] = images
         self.random.setstate(state["random"])
 
 

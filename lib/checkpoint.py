@@ -1,11 +1,14 @@
 """A run's state in `models/`: gather it, write it in a thread, read it back, start from weights.
 
-`model` is train.py's CycleGAN. `train_state.pth` is what a resume reads; the networks are also
-exported one by one, as plain state_dicts.
+`model` is train.py's CycleGAN. `train_state.pth` is all that a resume reads; the networks are
+exported one by one beside it, as plain state_dicts.
 """
 
 import copy
 import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,8 +21,30 @@ from utils import UserError
 NETWORKS = ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema")
 
 
-def gather_state(model, rank: int, world_size: int) -> dict | None:
-    """The state of the model and of every rank; None on all ranks but the first. All must call it.
+class WriterThread:
+    """A thread that writes files while the device trains, one job at a time."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.job = self.pool.submit(int)  # nothing yet
+
+    def submit(self, function: Callable, *arguments) -> None:
+        """Wait for the last job, raise what it raised, and begin another."""
+        self.job.result()
+        self.job = self.pool.submit(function, *arguments)
+
+    def close(self) -> None:
+        """Wait for the last job and raise what it raised."""
+        self.pool.shutdown()
+        self.job.result()
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving: gather the state, copy it to the host, write it in the thread
+
+
+def gather_state(model, rank: int, world_size: int) -> dict:
+    """The state of the model and, on the first rank, of all ranks. Every rank must call it.
 
     Raises:
         UserError: a weight is not finite.
@@ -30,15 +55,23 @@ def gather_state(model, rank: int, world_size: int) -> dict | None:
                 f"a weight of {name} is not finite at iteration {model.iteration}: the last good "
                 "state is untouched; --resume from it with a lower --lr or --amp off"
             )
-    ranks = [model.rank_state()]
+    mine = {
+        "buffer_A": model.buffer_A.state_dict(),
+        "buffer_B": model.buffer_B.state_dict(),
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state() if model.device.type == "cuda" else None,
+    }
+    ranks = [mine]
     if world_size > 1:
         ranks = [None] * world_size if rank == 0 else None
-        dist.gather_object(model.rank_state(), ranks)
-    return {**model.state_dict(), "ranks": ranks} if rank == 0 else None
+        dist.gather_object(copy_to_host(mine), ranks)
+    state = {name: part.state_dict() for name, part in model.parts().items()}
+    log = {"identity": model.identity, "loss_sums": model.loss_sums, "n_summed": model.n_summed}
+    return {**state, **log, "iteration": model.iteration, "ranks": ranks}
 
 
 def copy_to_host(x):
-    """Nested dicts and lists with every tensor in them copied."""
+    """Nested dicts and lists with every tensor in them copied, so that training may go on."""
     if isinstance(x, torch.Tensor):
         return x.to("cpu", copy=True)
     if isinstance(x, dict):
@@ -49,7 +82,7 @@ def copy_to_host(x):
 
 
 def write_state(workdir: Path, state: dict) -> None:
-    """Write `models/train_state.pth`, keeping the one before, then export the networks.
+    """Write `models/train_state.pth`, keeping the one before, and export the networks.
 
     Raises:
         UserError: the disk is full, or the folder not writable.
@@ -57,59 +90,54 @@ def write_state(workdir: Path, state: dict) -> None:
     folder = workdir / "models"
     newest, fresh = folder / "train_state.pth", folder / "train_state.new.pth"
     utils.save_tensors(fresh, state)
-    if newest.exists():
-        os.replace(newest, folder / "train_state.prev.pth")
-    os.replace(fresh, newest)
-    utils.sync_folder(folder)
-    export(workdir, state)
-
-
-def export(workdir: Path, state: dict) -> None:
-    """Write each network as a plain state_dict (`netG_A2B.pth`, ...) and the run's options."""
-    folder = workdir / "models"
     for name in NETWORKS:
         if name in state:
             utils.save_tensors(folder / f"{name}.pth", state[name])
         else:  # an average that was here would be older than the weights, yet preferred
             (folder / f"{name}.pth").unlink(missing_ok=True)
     utils.save_json(folder / "options.json", state["args"])
+    if newest.exists():
+        os.replace(newest, folder / "train_state.prev.pth")
+    os.replace(fresh, newest)  # last: a state that has this name is exported
+    utils.sync_folder(folder)
 
 
 class Saver:
-    """Saves a run's state while it trains; only the first rank writes."""
+    """Saves a run's state; only the first rank writes."""
 
     def __init__(self, args, rank: int, world_size: int):
         self.args, self.rank, self.world_size = args, rank, world_size
-        self.thread = utils.WriterThread()
+        self.thread, self.time = WriterThread(), time.time()
 
     def save(self, model, progress: dict) -> None:
-        """Copy the state, and write it in a thread. All ranks must call it.
+        """Copy the state and write the copy in the thread. Every rank must call it.
 
-        `progress` says how far the run is: epoch (from 0), sample (within it), seconds, best.
+        `progress` is how far the run is: epoch (from 0), sample (within it), seconds, best.
 
         Raises:
-            UserError: a weight is not finite, or the last save failed.
+            UserError: a weight is not finite, or the save before this one failed.
         """
         state = gather_state(model, self.rank, self.world_size)
         if self.rank == 0:
             state = copy_to_host({**state, **progress, "args": self.args.options})
             self.thread.submit(write_state, self.args.workdir, state)
+        self.time = time.time()
 
-    def check(self) -> None:
-        """Raise what the last save raised, if it is done."""
-        self.thread.check()
+    def minutes(self) -> float:
+        """Minutes since the last save."""
+        return (time.time() - self.time) / 60
 
     def close(self) -> None:
         """Wait until what was saved is on disk."""
         self.thread.close()
 
 
-def load_run(workdir: Path) -> dict:
-    """The newest state of a run that can be read.
+# ------------------------------------------------------------------------------------------------
+# Loading
 
-    Raises:
-        UserError: there is none.
-    """
+
+def load_run(workdir: Path) -> dict:
+    """The newest state of a run that can be read; UserError if there is none."""
     problems = []
     for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
         path = workdir / "models" / name
@@ -125,6 +153,48 @@ def load_run(workdir: Path) -> dict:
     raise UserError(f"cannot resume: {problems[0]}")
 
 
+def exists(workdir: Path) -> bool:
+    return any((workdir / "models").glob("train_state*.pth"))
+
+
+def restore(model, state: dict, rank: int) -> None:
+    """Put a saved state into the model; UserError if it does not fit.
+
+    Adam keeps the lr, betas, ... of this run's options, its moments get the weights' memory layout.
+    """
+    try:
+        for name, part in model.parts().items():
+            part_state = state.get(name, state.get(name.removesuffix("_ema")))  # --ema may be new
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, part_state)
+            elif part_state != {}:  # that of the scaler is, if the run was not in fp16 until now
+                part.load_state_dict(part_state)
+        model.iteration, model.n_summed = state["iteration"], state["n_summed"]
+        model.identity = state["identity"].to(model.device)
+        model.loss_sums = state["loss_sums"].to(model.device)
+        mine = state["ranks"][rank % len(state["ranks"])]
+        model.buffer_A.load_state_dict(mine["buffer_A"], model.device)
+        model.buffer_B.load_state_dict(mine["buffer_B"], model.device)
+        torch.set_rng_state(mine["random"])
+        if model.device.type == "cuda" and mine["cuda_random"] is not None:
+            torch.cuda.set_rng_state(mine["cuda_random"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            "cannot resume: the saved state does not fit its own options, so it is damaged or "
+            f"from another version ({str(error).splitlines()[-1].strip()})"
+        ) from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    for weight, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(weight).copy_(moments[name])
+
+
 def load_initial(folder: Path, model) -> None:
     """Start from the weights in `folder` (`--init_from`): ours, or the reference repository's.
 
@@ -134,12 +204,12 @@ def load_initial(folder: Path, model) -> None:
     known = {"netG_A2B": "latest_net_G_A.pth", "netG_B2A": "latest_net_G_B.pth"}
     known |= {"netD_A": "latest_net_D_B.pth", "netD_B": "latest_net_D_A.pth"}  # theirs is swapped
     for name, net in model.networks().items():
-        paths = [folder / f"{name}.pth", folder / known[name]]
-        path = next((path for path in paths if path.exists()), None)
-        if path is None:
-            if name.startswith("netD"):
-                continue  # published models rarely come with their discriminators
-            raise UserError(f"--init_from {folder} has neither {paths[0].name} nor {paths[1].name}")
+        path = folder / f"{name}.pth"
+        path = path if path.exists() else folder / known[name]
+        if not path.exists() and name.startswith("netD"):
+            continue  # published models rarely come with their discriminators
+        if not path.exists():
+            raise UserError(f"--init_from {folder} has neither {name}.pth nor {known[name]}")
         try:
             state = utils.load_tensors(path)
             if name.startswith("netG"):
@@ -160,6 +230,5 @@ def clear_run(workdir: Path) -> None:
     old = ["models/train_state*.pth", "models/net*.pth", "models/best/*", "images/*.png"]
     old += ["logs/losses.*", "logs/metrics.csv", "logs/skipped.txt", "logs/events.*"]
     old += ["outputs/cycle/*.png", "result/[AB]2[AB]_*.png", "result/metrics.json"]
-    for pattern in old:
-        for path in workdir.glob(pattern):
-            path.unlink()
+    for path in (path for pattern in old for path in workdir.glob(pattern)):
+        path.unlink()

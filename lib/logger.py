@@ -1,12 +1,11 @@
-"""What a run shows: logs/losses.csv and its plot, metrics.csv, sample grids, TensorBoard.
-
-`args` are the options of the run, `model` is train.py's CycleGAN.
-"""
+"""What a run shows: CSV files in logs/, a plot of the losses, sample grids, TensorBoard."""
 
 import contextlib
 import csv
+import datetime
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
+from lib.checkpoint import WriterThread
 from models import translate
 from utils import UserError
 
@@ -33,7 +33,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def trim_csv(path: Path, iteration: int) -> None:
-    """Drop the rows past `iteration` (column 1): a resumed run writes them again."""
+    """Drop the rows past `iteration` (the second column): a resumed run writes them again."""
     if not path.exists():
         return
     lines = path.read_text().split("\n")[:-1]  # a line without an end was torn
@@ -54,35 +54,24 @@ def read_csv(path: Path) -> dict[str, list[float]]:
 
 
 def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
-    """Plot columns of a CSV log over the iterations: each row faint, their running mean strong.
-
-    Does nothing where matplotlib is not installed or there are fewer than two rows.
-    """
+    """Plot columns of a CSV log over the iterations, where matplotlib is installed."""
+    columns = read_csv(log)
+    if len(columns["iteration"]) < 2:
+        return
     try:
-        from matplotlib.figure import Figure  # no pyplot: its state is not for threads
+        from matplotlib.figure import Figure  # pyplot is not for threads
     except ImportError:
         return
-    columns = read_csv(log)
-    steps = columns["iteration"]
-    if len(steps) < 2:
-        return
-    window = max(1, len(steps) // 50)
-    figure = Figure(figsize=(9, 4.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, name in enumerate(names):
-        total = np.cumsum([0.0, *columns[name]])
-        ends = np.arange(1, len(total))
-        starts = np.maximum(0, ends - window)
-        mean = (total[ends] - total[starts]) / (ends - starts)
-        axes.plot(steps, columns[name], color=f"C{i}", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, mean, color=f"C{i}", label=f"{name} {mean[-1]:.3f}")
-    values = np.concatenate([columns[name] for name in names])
-    top = np.quantile(values, 0.995) * 1.1  # one spike must not flatten the rest
-    axes.set(xlabel="iteration", ylabel="loss", ylim=(0, max(top, 1e-9)))
+    for name in names:
+        axes.plot(columns["iteration"], columns[name], label=name, linewidth=1)
+    top = np.quantile([columns[name] for name in names], 0.995)  # one spike must not flatten all
+    axes.set(xlabel="iteration", ylabel="loss", ylim=(0, max(1.1 * top, 1e-9)))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.legend(loc="upper right", ncols=len(names))
     with utils.atomic_write(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", dpi=100)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,12 +80,12 @@ def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
 TITLES = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
 
 
-def load_samples(args, split: str, channels: int, n: int = 4) -> torch.Tensor:
+def load_samples(args, letter: str, channels: int, n: int = 4) -> torch.Tensor:
     """The first test pictures (training pictures where there are none), (n, C, size, size)."""
     try:
-        folder = datasets.find_split(args.dataroot, split)
+        folder = datasets.find_split(args.dataroot, f"test{letter}")
     except UserError:
-        folder = datasets.find_split(args.dataroot, split.replace("test", "train"))
+        folder = datasets.find_split(args.dataroot, f"train{letter}")
     pictures = []
     for name in datasets.list_images(folder):
         with contextlib.suppress(datasets.UnreadableImage):  # Domain and test.py report it
@@ -111,32 +100,27 @@ def load_samples(args, split: str, channels: int, n: int = 4) -> torch.Tensor:
 
 def generate_samples(model, real_A: torch.Tensor, real_B: torch.Tensor) -> list[torch.Tensor]:
     """The columns named in TITLES, each (n, C, H, W), on the host."""
-    nets, columns = model.best_generators(), []
-    with utils.evaluating(*nets.values()):
-        for x, first, second in (
-            (real_A, "netG_A2B", "netG_B2A"),
-            (real_B, "netG_B2A", "netG_A2B"),
-        ):
-            fake = translate(nets[first], x.to(model.device), model.dtype)
-            rec = translate(nets[second], fake, model.dtype)
-            columns += [x, fake.cpu(), rec.cpu()]
+    A2B, B2A = model.best_generators().values()
+    columns = []
+    for real, net, back in ((real_A, A2B, B2A), (real_B, B2A, A2B)):
+        fake = translate(net, real.to(model.device), model.dtype)
+        columns += [real, fake.cpu(), translate(back, fake, model.dtype).cpu()]
     return columns
 
 
 def draw_grid(columns: list[torch.Tensor]) -> Image.Image:
     """The columns of `generate_samples` side by side, under their titles."""
-    scale, gap, top = -(-128 // columns[0].shape[-1]), 4, 16  # small pictures are shown larger
     rows = zip(*columns, strict=False)  # of six pictures
     cells = [datasets.to_rgb(datasets.to_array(picture)) for row in rows for picture in row]
-    cells = torch.stack([torch.from_numpy(np.array(cell)).permute(2, 0, 1) for cell in cells])
-    cells = cells.repeat_interleave(scale, 2).repeat_interleave(scale, 3)  # (6 n, 3, cell, cell)
-    grid = make_grid(cells, nrow=6, padding=gap, pad_value=255)
-    image = Image.new("RGB", (grid.shape[2], grid.shape[1] + top), "white")
-    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, top))
-    draw = ImageDraw.Draw(image)
+    side = cells[0].width * -(-128 // cells[0].width)  # small pictures are shown larger
+    cells = [np.array(cell.resize((side, side), Image.Resampling.NEAREST)) for cell in cells]
+    grid = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # (6 n, 3, side, side)
+    grid = make_grid(grid, nrow=6, padding=4, pad_value=255)
+    image = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
+    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, 16))
     for i, title in enumerate(TITLES):
-        x = gap + i * (cells.shape[3] + gap) + cells.shape[3] / 2
-        draw.text((x, 10), title, "#333333", anchor="mm", font_size=12)
+        x = 4 + i * (side + 4) + side / 2
+        ImageDraw.Draw(image).text((x, 10), title, "#333333", anchor="mm", font_size=12)
     return image
 
 
@@ -145,21 +129,17 @@ def draw_grid(columns: list[torch.Tensor]) -> Image.Image:
 
 
 class Logger:
-    """Progress bar, CSV, plots, grids and TensorBoard of a run; silent on all ranks but the first.
+    """Progress bar, CSV, plot, grids and TensorBoard; does nothing on ranks but the first."""
 
-    Grids and plots are written by a thread.
-    """
+    plotted = ("D", "G", "adv", "cycle", "identity")
 
-    losses = ("D", "G", "adv", "cycle", "identity")  # columns of losses.csv, in the plot too
-    header = ("epoch", "iteration", *losses, "lr", "seconds")
-
-    def __init__(self, args, rank: int, iteration: int, total: int):
-        """`iteration` of `total` are done already."""
-        self.is_main, self.workdir, self.board = rank == 0, args.workdir, None
-        self.path = args.workdir / "logs" / "losses.csv"
-        self.thread = utils.WriterThread()
+    def __init__(self, args, rank: int, iteration: int, remaining: int):
+        """`iteration` iterations are done, `remaining` are to come."""
+        self.args, self.is_main, self.board = args, rank == 0, None
+        self.logs, self.thread = args.workdir / "logs", WriterThread()
+        self.began, self.waited = time.time(), 0.0  # seconds of this epoch spent waiting for data
         self.bar = tqdm(
-            total=total,
+            total=iteration + remaining,
             initial=iteration,
             disable=not self.is_main,
             unit="it",
@@ -168,53 +148,54 @@ class Logger:
         )
         if not self.is_main:
             return
-        trim_csv(self.path, iteration)
-        trim_csv(self.path.with_name("metrics.csv"), iteration)
-        if not self.path.exists():
-            append_line(self.path, ",".join(self.header))
+        first, second = args.direction.split("to")
+        self.real_A = load_samples(args, first, args.input_nc)
+        self.real_B = load_samples(args, second, args.output_nc)
+        trim_csv(self.logs / "losses.csv", iteration)
+        trim_csv(self.logs / "metrics.csv", iteration)
         if not args.no_tensorboard:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(self.path.parent, purge_step=iteration + 1)
-                self.print(f"watch with: tensorboard --logdir {self.path.parent}")
+                self.board = SummaryWriter(self.logs, purge_step=iteration + 1)
+                self.print(f"watch with: tensorboard --logdir {self.logs}")
 
     def print(self, text: str) -> None:
         if self.is_main:
             self.bar.write(text)
 
-    def log_losses(self, epoch: int, iteration: int, losses: dict, lr: float, seconds: float):
-        """A row of logs/losses.csv."""
+    def log(self, name: str, row: dict[str, float]) -> None:
+        """Append a row to logs/<name>.csv; its first columns are epoch and iteration."""
         if not self.is_main:
             return
-        self.thread.check()
-        values = [f"{losses[name]:.6f}" for name in self.losses]
-        row = [str(epoch), str(iteration), *values, f"{lr:.8f}", f"{seconds:.1f}"]
-        append_line(self.path, ",".join(row))
-        self.bar.set_postfix({name: f"{losses[name]:.3f}" for name in ("D", "G", "cycle")})
-        self.add_scalars("loss", {**losses, "lr": lr}, iteration)
-
-    def log_metrics(self, epoch: int, iteration: int, metrics: dict[str, float]) -> None:
-        """A row of logs/metrics.csv."""
-        if not self.is_main:
-            return
-        path = self.path.with_name("metrics.csv")
+        path = self.logs / f"{name}.csv"
         if not path.exists():
-            append_line(path, ",".join(["epoch", "iteration", *metrics]))
-        row = [f"{value:.6f}" for value in metrics.values()]
-        append_line(path, ",".join([str(epoch), str(iteration), *row]))
-        self.add_scalars("metric", metrics, iteration)
-
-    def add_scalars(self, group: str, values: dict[str, float], iteration: int) -> None:
+            append_line(path, ",".join(row))
+        append_line(path, ",".join(f"{value:.6g}" for value in row.values()))
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, iteration)
+            for key in list(row)[2:]:
+                self.board.add_scalar(f"{name}/{key}", row[key], row["iteration"])
+        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("D", "G", "cycle") if k in row})
 
-    def log_samples(self, model, samples: tuple[torch.Tensor, torch.Tensor], *names: str) -> None:
+    def log_epoch(self, epoch: int, n_steps: int, samples: int, losses: dict, lr: float) -> None:
+        """Print the losses, the time that is left, and what the epoch's time went to."""
+        seconds = time.time() - self.began
+        rate = (self.bar.n - self.bar.initial) / max(self.bar.format_dict["elapsed"], 1e-9)
+        eta = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / max(rate, 1e-9)))
+        self.print(
+            f"[Epoch {epoch}/{self.args.n_epochs}] [Batch {n_steps}/{n_steps}] "
+            f"[D loss: {losses['D']:.6f}] [G loss: {losses['G']:.6f}, adv: {losses['adv']:.6f}, "
+            f"cycle: {losses['cycle']:.6f}, identity: {losses['identity']:.6f}] "
+            f"[lr: {lr:.6f}] ETA: {eta}\n  {seconds:.1f} s, {samples / seconds:.2f} pictures of "
+            f"each domain a second, {100 * self.waited / seconds:.1f}% of the time waiting for data"
+        )
+        self.began, self.waited = time.time(), 0.0
+
+    def log_samples(self, model, *names: str) -> None:
         """Write a sample grid to images/<name>.png."""
         if self.is_main:
-            columns = generate_samples(model, *samples)
-            paths = [self.workdir / "images" / f"{name}.png" for name in names]
+            columns = generate_samples(model, self.real_A, self.real_B)
+            paths = [self.args.workdir / "images" / f"{name}.png" for name in names]
             self.thread.submit(self.write_grid, columns, paths, model.iteration)
 
     def write_grid(self, columns: list[torch.Tensor], paths: list[Path], iteration: int) -> None:
@@ -226,8 +207,9 @@ class Logger:
 
     def plot(self) -> None:
         """Write logs/losses.png."""
-        if self.is_main:
-            self.thread.submit(plot_losses, self.path, self.path.with_suffix(".png"), self.losses)
+        path = self.logs / "losses.csv"
+        if self.is_main and path.exists():
+            self.thread.submit(plot_losses, path, path.with_suffix(".png"), self.plotted)
 
     def close(self) -> None:
         self.bar.close()
