@@ -1,7 +1,7 @@
 """Train CycleGAN on two folders of unpaired pictures (Zhu, Park, Isola, Efros 2017).
 
     python train.py --dataroot dataset/apple2orange --cuda
-    python train.py --demo
+    python train.py --quick --dataroot dataset/mine
     torchrun --nproc_per_node=4 train.py --dataroot dataset/apple2orange
 
 From top to bottom: the losses and the step (class CycleGAN), the loop, the options.
@@ -33,7 +33,7 @@ from utils import ReplayBuffer, UserError
 # ------------------------------------------------------------------------------------------------
 # Losses and the step
 
-LOSSES = ("D", "D_A", "D_B", "G", "adv", "cycle", "identity")
+LOSSES = ("D", "D_A", "D_B", "G", "adv", "cycle", "identity", "change")
 
 
 def gan_loss(score: torch.Tensor, real: bool, mode: str, generator: bool = False) -> torch.Tensor:
@@ -61,6 +61,7 @@ class CycleGAN:
         torch.manual_seed(args.seed)
         options = {"norm": args.norm, "upsample": args.upsample, "dropout": args.dropout}
         options |= {"ngf": args.ngf, "n_residual_blocks": args.n_residual_blocks}
+        options |= {"keep_source": args.keep_source}
         self.netG_A2B = make_generator(args.netG, args.input_nc, args.output_nc, **options)
         self.netG_B2A = make_generator(args.netG, args.output_nc, args.input_nc, **options)
         options = {"netD": args.netD, "n_layers_D": args.n_layers_D, "norm": args.norm}
@@ -136,10 +137,15 @@ class CycleGAN:
         else:
             identity = self.identity
         parts |= {"identity": identity, "G": logged + args.lambda_id * identity}
+        if args.input_nc == args.output_nc:  # mean |G(x) - x| in grey levels of 255
+            change = F.l1_loss(fake_B.detach(), real_A) + F.l1_loss(fake_A.detach(), real_B)
+            parts["change"] = change / 2 * 127.5
+        else:
+            parts["change"] = torch.zeros_like(identity)
         return loss, parts, fake_A, fake_B
 
     def discriminator_losses(self, real_A, fake_A, real_B, fake_B) -> tuple:
-        """The discriminators' loss on real pictures and on fakes from the buffers, and its parts."""
+        """The discriminators' loss on real pictures and fakes from the buffers, and its parts."""
         mode = self.args.gan_mode
         with self.autocast():
             real_score_A, fake_score_A = self.forward_pair(self.netD_A, real_A, fake_A)
@@ -250,7 +256,7 @@ def load_data(args) -> datasets.UnpairedImages:
 
 
 def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> float:
-    """Measure on the test split and keep the best generators in models/best/; the best score yet."""
+    """Measure on the test split, keep the best generators in models/best/; the best score yet."""
     import test  # test.py, which imports nothing from here
 
     args, nets = model.args, model.best_generators()
@@ -306,10 +312,11 @@ def train(args, state: dict | None) -> int:
         if not state:
             saver.save(model, progress)
         for epoch in epochs:
-            lr = args.lr * utils.lr_factor(args.lr_policy, epoch, args.n_epochs, args.decay_epoch)
-            for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
-                group["lr"] = lr
             for step in range(first, n_steps):
+                at = epoch + step / n_steps
+                lr = args.lr * utils.lr_factor(args.lr_policy, at, args.n_epochs, args.decay_epoch)
+                for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
+                    group["lr"] = lr
                 start = time.time()
                 batches = [next_batch() for _ in range(args.accumulate)]
                 log.waited += time.time() - start
@@ -321,6 +328,7 @@ def train(args, state: dict | None) -> int:
                     losses = model.mean_losses()
                     row = {"epoch": epoch + 1, "iteration": model.iteration, **losses, "lr": lr}
                     log.log("losses", {**row, "seconds": progress["seconds"]})
+                    log.check_change(model.iteration, losses["change"])
                 if model.iteration % args.sample_every == 0 or last:
                     log.log_samples(model, "latest", *([f"epoch_{epoch + 1:03d}"] if last else []))
                 log.bar.update()
@@ -353,16 +361,22 @@ def train(args, state: dict | None) -> int:
 # ------------------------------------------------------------------------------------------------
 # Options
 
-# small enough for two CPU cores and six minutes; what is typed beside --demo overrides it
+# photographs on two CPU cores in ten minutes; what is typed beside these presets overrides them
+KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
+QUICK = {"size": 128, "load_size": 143, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
+QUICK |= {"upsample": "nearest", "keep_source": True, "n_epochs": 0, **KEEP_SOURCE}
+QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
+
+# small enough for two CPU cores and six minutes
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
-DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4}
+DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4, "keep_source": True}
 
 # what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
-CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0}
+CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0, "keep_source": False}
 
 # what a resume cannot change, because the saved weights would not fit or would mean something else
 FIXED = ("netG", "n_residual_blocks", "ngf", "upsample", "norm", "dropout", "netD", "n_layers_D")
-FIXED += ("ndf", "input_nc", "output_nc", "direction")
+FIXED += ("ndf", "input_nc", "output_nc", "direction", "keep_source")
 
 RANGES = {  # low <= value < high
     "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
@@ -393,6 +407,7 @@ def make_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("run")
     add(g, "--dataroot", Path("dataset/apple2orange"), "folder with trainA, trainB, testA, testB")
     add(g, "--demo", False, "draw a small set of pictures if need be, and train on it in minutes")
+    add(g, "--quick", False, "own photographs in minutes: 128x128, narrow, --keep_source")
     add(
         g, "--classic", False, "no averages, batch 1: --batch_size 1 --lr 2e-4 --id_every 1 --ema 0"
     )
@@ -450,6 +465,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--n_residual_blocks", None, "instead of the 9 or 6 that --netG says", type=int)
     add(g, "--ngf", 64, "width of the generators")
     add(g, "--upsample", "deconv", "nearest: no checkerboards", choices=["deconv", "nearest"])
+    text = "change the source instead of replacing it; with --lambda_cyc 3 --lambda_id 0"
+    add(g, "--keep_source", False, text)
     add(g, "--dropout", False, "dropout in the generators' middle layers")
     add(g, "--netD", "basic", "basic: 70x70 PatchGAN", choices=discriminators)
     add(g, "--n_layers_D", 3, "stride-2 layers of --netD n_layers")
@@ -468,14 +485,15 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    preset = {"dataroot": args.workdir / "dataset" / "demo", **DEMO} if args.demo else {}
+    preset = dict(KEEP_SOURCE) if args.keep_source else {}
+    preset |= QUICK if args.quick else {}
+    preset |= {"dataroot": args.workdir / "dataset" / "demo", **DEMO} if args.demo else {}
     parser.set_defaults(**{**preset, **(saved or {}), **(CLASSIC if args.classic else {})})
     args = parser.parse_args(argv)
     here = ("workdir", "resume", "restart")  # not of the run, but of this call
     options = {name: value for name, value in vars(args).items() if name not in here}
     args.options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     args.argv = argv
-    args.decay_epoch = args.n_epochs // 2 if args.decay_epoch is None else args.decay_epoch
     args.lambda_A = args.lambda_cyc if args.lambda_A is None else args.lambda_A
     args.lambda_B = args.lambda_cyc if args.lambda_B is None else args.lambda_B
     return args
@@ -524,6 +542,11 @@ def check_options(args: argparse.Namespace) -> None:
             f"use --preprocess crop or scale_width_and_crop with --size {multiple}",
         ),
         (
+            not args.keep_source or (multiple == 4 and args.input_nc == args.output_nc),
+            "--keep_source needs a ResNet generator and equal --input_nc and --output_nc: leave it "
+            "out, or choose others",
+        ),
+        (
             args.input_nc == args.output_nc or args.lambda_id == 0,
             f"the identity loss needs equal channels, but --input_nc is {args.input_nc} and "
             f"--output_nc {args.output_nc}: add --lambda_id 0",
@@ -559,9 +582,15 @@ def main(args: argparse.Namespace) -> int:
             f"{args.workdir / 'models'} already holds a run: --resume goes on with it, --restart "
             "overwrites it, another --workdir leaves it alone"
         )
-    check_options(args)
     if args.demo and is_main and not args.dataroot.exists():
         draw_demo(args.dataroot)
+    if args.quick and args.n_epochs == 0:
+        folders = [datasets.find_split(args.dataroot, f"train{letter}") for letter in "AB"]
+        n = max(len(datasets.list_images(folder)) for folder in folders)
+        args.n_epochs = max(1, round(QUICK_ITERATIONS * args.batch_size / n))
+        args.options["n_epochs"] = args.n_epochs
+    args.decay_epoch = args.n_epochs // 2 if args.decay_epoch is None else args.decay_epoch
+    check_options(args)
     for split in ("trainA", "trainB", *(("testA", "testB") if args.eval_every else ())):
         datasets.find_split(args.dataroot, split)
     for name in ("dataset", "models", "images", "logs", "outputs", "result"):

@@ -383,8 +383,8 @@ class ReplayBuffer:
         self.random.setstate(state["random"])
 
 
-def lr_factor(policy: str, epoch: int, n_epochs: int, decay_epoch: int) -> float:
-    """What the learning rate is multiplied with in `epoch` (from 0).
+def lr_factor(policy: str, epoch: float, n_epochs: int, decay_epoch: int) -> float:
+    """What the learning rate is multiplied with after `epoch` epochs, a fraction within one.
 
     linear is the paper's (section 4): constant until `decay_epoch`, then straight towards 0.
     step divides by ten every `decay_epoch` epochs, cosine is half a wave, constant is 1.

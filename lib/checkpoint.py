@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import utils
-from models import LayoutError, generator_from_state
+from models import LayoutError, generator_from_state, keep_source_state
 from utils import UserError
 
 NETWORKS = ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema")
@@ -214,6 +214,8 @@ def load_initial(folder: Path, model) -> None:
             state = utils.load_tensors(path)
             if name.startswith("netG"):
                 state = generator_from_state(state).state_dict()
+                if model.args.keep_source and "keep_source" not in state:
+                    state = keep_source_state(state)
             net.load_state_dict(state)
         except (LayoutError, RuntimeError) as error:
             raise UserError(

@@ -62,12 +62,15 @@ def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
         from matplotlib.figure import Figure  # pyplot is not for threads
     except ImportError:
         return
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    below.plot(columns["iteration"], columns["change"], linewidth=1)
+    below.set(xlabel="iteration", ylabel="mean |G(x) - x|, of 255", ylim=(0, None))
+    below.grid(alpha=0.3)
     for name in names:
         axes.plot(columns["iteration"], columns[name], label=name, linewidth=1)
     top = np.quantile([columns[name] for name in names], 0.995)  # one spike must not flatten all
-    axes.set(xlabel="iteration", ylabel="loss", ylim=(0, max(1.1 * top, 1e-9)))
+    axes.set(ylabel="loss", ylim=(0, max(1.1 * top, 1e-9)))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", ncols=len(names))
     with utils.atomic_write(path) as file:
@@ -77,6 +80,7 @@ def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
 # ------------------------------------------------------------------------------------------------
 # Sample grids
 
+UNCHANGED = 0.5  # mean |G(x) - x| of 255 under which nothing is translated
 TITLES = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
 
 
@@ -137,6 +141,7 @@ class Logger:
         """`iteration` iterations are done, `remaining` are to come."""
         self.args, self.is_main, self.board = args, rank == 0, None
         self.logs, self.thread = args.workdir / "logs", WriterThread()
+        self.last_change = iteration  # the last one known to change its pictures
         self.began, self.waited = time.time(), 0.0  # seconds of this epoch spent waiting for data
         self.bar = tqdm(
             total=iteration + remaining,
@@ -176,6 +181,18 @@ class Logger:
             for key in list(row)[2:]:
                 self.board.add_scalar(f"{name}/{key}", row[key], row["iteration"])
         self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("D", "G", "cycle") if k in row})
+
+    def check_change(self, iteration: int, change: float) -> None:
+        """Warn if the translations have been the same as their sources for a while."""
+        if change >= UNCHANGED or self.args.input_nc != self.args.output_nc:
+            self.last_change = iteration
+        elif iteration - self.last_change >= 300:
+            self.print(
+                f"the translations are the same as their sources (mean change {change:.2f} of 255, "
+                f"under {UNCHANGED} since iteration {self.last_change}): the run has collapsed; "
+                "--restart it with a lower --lambda_cyc and --lambda_id 0"
+            )
+            self.last_change = iteration
 
     def log_epoch(self, epoch: int, n_steps: int, samples: int, losses: dict, lr: float) -> None:
         """Print the losses, the time that is left, and what the epoch's time went to."""
