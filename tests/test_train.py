@@ -1,10 +1,14 @@
 """The objective and the step, number by number, against plain calculations written out here."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
+import tiny as tiny_runs
 import torch
 
+import datasets
 import train
 from train import CycleGAN, gan_loss
 from utils import ReplayBuffer, lr_factor
@@ -324,3 +328,90 @@ def test_presets_give_way_to_what_is_typed():
     saved = train.parse_args(["--quick", "--n_epochs", "7"]).options
     resumed = train.parse_args(["--resume", "--ngf", "8"], saved)
     assert (resumed.n_epochs, resumed.ngf, resumed.lambda_cyc) == (7, 8, 3)
+
+
+def test_a_run_is_the_plain_loop(dataroot, tmp_path):
+    """Two epochs of train.py end with the weights of a loop written out here.
+
+    Order, crops, flips, buffers, the schedule and the averages, all in plain words; five pictures
+    of A, four of B, batches of two.
+    """
+    options = "--n_epochs 2 --decay_epoch 1 --batch_size 2 --pool_size 3 --ema 0.9 --seed 4"
+    assert tiny_runs.run(dataroot, tmp_path, f"{options} --id_every 2") == 0
+
+    args = train.parse_args(tiny_runs.words(dataroot, tmp_path, f"{options} --id_every 2"))
+    plain = CycleGAN(args, CPU)  # only its networks and first weights are used
+    G_A2B, G_B2A, D_A, D_B = plain.networks().values()
+    adam = {"lr": 2e-4, "betas": (0.5, 0.999), "fused": True}
+    opt_G = torch.optim.Adam([*G_A2B.parameters(), *G_B2A.parameters()], **adam)
+    opt_D = torch.optim.Adam([*D_A.parameters(), *D_B.parameters()], **adam)
+    average = copy.deepcopy(G_A2B)
+    pool = {"A": [], "B": []}
+    chance = {"A": random.Random(2 * 4), "B": random.Random(2 * 4 + 1)}
+
+    def load(letter: str, i: int) -> np.ndarray:
+        picture = datasets.load_image(dataroot / f"train{letter}" / f"{i}.png")
+        return datasets.resize(picture, (26, 26))
+
+    def crop(picture: np.ndarray, rng) -> torch.Tensor:
+        y, x, flip = rng.random(3)
+        top, left = int(y * 3), int(x * 3)  # 26 - 24 + 1 places
+        window = picture[top : top + 24, left : left + 24]
+        window = window[:, ::-1] if flip < 0.5 else window
+        return torch.from_numpy(window / 127.5 - 1).float().permute(2, 0, 1)
+
+    def old_or_new(letter: str, fakes: torch.Tensor) -> torch.Tensor:
+        result = []
+        for fake in fakes.detach():
+            if len(pool[letter]) < 3:
+                pool[letter].append(fake)
+            elif chance[letter].random() < 0.5:
+                i = chance[letter].randrange(3)
+                fake, pool[letter][i] = pool[letter][i], fake
+            result.append(fake)
+        return torch.stack(result)
+
+    t = 0
+    for epoch in range(2):
+        order = np.random.default_rng((4, epoch)).permutation(5)
+        for step in range(3):  # the last batch is filled from the start
+            A, B = [], []
+            for index in (2 * step, 2 * step + 1):
+                rng = np.random.default_rng((4, epoch, index))
+                j = int(rng.integers(4))
+                A.append(crop(load("A", order[index % 5]), rng))
+                B.append(crop(load("B", j), rng))
+            A, B = torch.stack(A), torch.stack(B)
+            for group in (*opt_G.param_groups, *opt_D.param_groups):
+                group["lr"] = 2e-4 * (1 if epoch == 0 else 1 - step / 3)
+            fake_B, fake_A = G_A2B(A), G_B2A(B)
+            adv = ((D_A(fake_A) - 1) ** 2).mean() / 2 + ((D_B(fake_B) - 1) ** 2).mean() / 2
+            cycle = (G_B2A(fake_B) - A).abs().mean() / 2 + (G_A2B(fake_A) - B).abs().mean() / 2
+            loss = adv + 10 * cycle
+            if t % 2 == 0:
+                identity = (G_B2A(A) - A).abs().mean() / 2 + (G_A2B(B) - B).abs().mean() / 2
+                loss = loss + 2 * 5 * identity
+            opt_G.zero_grad()
+            loss.backward()
+            opt_G.step()
+            old_A, old_B = old_or_new("A", fake_A), old_or_new("B", fake_B)
+            opt_D.zero_grad()
+            loss = ((D_A(A) - 1) ** 2).mean() / 2 + (D_A(old_A) ** 2).mean() / 2
+            loss = loss + ((D_B(B) - 1) ** 2).mean() / 2 + (D_B(old_B) ** 2).mean() / 2
+            loss.backward()
+            opt_D.step()
+            decay = min(0.9, (1 + t) / (10 + t))
+            with torch.no_grad():
+                for mean, p in zip(average.parameters(), G_A2B.parameters(), strict=True):
+                    mean.lerp_(p, 1 - decay)
+            t += 1
+    fresh = CycleGAN(args, CPU)
+    first = {**fresh.networks(), "netG_A2B_ema": fresh.netG_A2B}
+    for name, net in {**plain.networks(), "netG_A2B_ema": average}.items():
+        saved = torch.load(tmp_path / "models" / f"{name}.pth", weights_only=True)
+        apart, moved = 0, 0  # biases before an instance norm have no gradient but noise
+        for key, value in net.state_dict().items():
+            if key.endswith("weight"):
+                apart += (saved[key] - value).square().sum()
+                moved += (first[name].state_dict()[key] - value).square().sum()
+        assert (apart / moved).sqrt() < 1e-4, name
