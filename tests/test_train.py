@@ -10,6 +10,7 @@ import torch
 
 import datasets
 import train
+from lib.logger import Logger, read_csv
 from train import CycleGAN, gan_loss
 from utils import ReplayBuffer, lr_factor
 
@@ -415,3 +416,20 @@ def test_a_run_is_the_plain_loop(dataroot, tmp_path):
                 apart += (saved[key] - value).square().sum()
                 moved += (first[name].state_dict()[key] - value).square().sum()
         assert (apart / moved).sqrt() < 1e-4, name
+
+
+def test_a_collapse_is_said(dataroot, tmp_path, capsys):
+    """Generators that change nothing are noticed; that they do is a column of the log."""
+    assert tiny_runs.run(dataroot, tmp_path, "--keep_source --n_epochs 1") == 0
+    assert min(read_csv(tmp_path / "logs" / "losses.csv")["change"]) > 0.5
+    args = train.parse_args(tiny_runs.words(dataroot, tmp_path))
+    log = Logger(args, 0, 0, 1000)
+    for iteration, change in ((100, 0.6), (200, 0.4), (350, 0.3), (399, 0.1)):
+        log.check_change(iteration, change)
+    assert "collapsed" not in capsys.readouterr().out
+    log.check_change(400, 0.1)
+    message = capsys.readouterr().out
+    assert "since iteration 100" in message and "lower --lambda_cyc" in message
+    log.check_change(450, 0.1)
+    log.close()
+    assert "collapsed" not in capsys.readouterr().out, "said once, not at every row"
