@@ -61,7 +61,7 @@ class CycleGAN:
         torch.manual_seed(args.seed)
         options = {"norm": args.norm, "upsample": args.upsample, "dropout": args.dropout}
         options |= {"ngf": args.ngf, "n_residual_blocks": args.n_residual_blocks}
-        options |= {"keep_source": args.keep_source}
+        options |= {"keep_source": True} if args.keep_source else {}  # a U-Net has no such option
         self.netG_A2B = make_generator(args.netG, args.input_nc, args.output_nc, **options)
         self.netG_B2A = make_generator(args.netG, args.output_nc, args.input_nc, **options)
         options = {"netD": args.netD, "n_layers_D": args.n_layers_D, "norm": args.norm}

@@ -164,7 +164,8 @@ def restore(model, state: dict, rank: int) -> None:
     """
     try:
         for name, part in model.parts().items():
-            part_state = state.get(name, state.get(name.removesuffix("_ema")))  # --ema may be new
+            saved = name if name in state else name.removesuffix("_ema")  # --ema may be new
+            part_state = state[saved]
             if isinstance(part, torch.optim.Optimizer):
                 load_optimizer(part, part_state)
             elif part_state != {}:  # that of the scaler is, if the run was not in fp16 until now

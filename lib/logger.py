@@ -143,6 +143,12 @@ class Logger:
         self.logs, self.thread = args.workdir / "logs", WriterThread()
         self.last_change = iteration  # the last one known to change its pictures
         self.began, self.waited = time.time(), 0.0  # seconds of this epoch spent waiting for data
+        if self.is_main:
+            first, second = args.direction.split("to")
+            self.real_A = load_samples(args, first, args.input_nc)
+            self.real_B = load_samples(args, second, args.output_nc)
+            trim_csv(self.logs / "losses.csv", iteration)
+            trim_csv(self.logs / "metrics.csv", iteration)
         self.bar = tqdm(
             total=iteration + remaining,
             initial=iteration,
@@ -151,14 +157,7 @@ class Logger:
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
             dynamic_ncols=True,
         )
-        if not self.is_main:
-            return
-        first, second = args.direction.split("to")
-        self.real_A = load_samples(args, first, args.input_nc)
-        self.real_B = load_samples(args, second, args.output_nc)
-        trim_csv(self.logs / "losses.csv", iteration)
-        trim_csv(self.logs / "metrics.csv", iteration)
-        if not args.no_tensorboard:
+        if self.is_main and not args.no_tensorboard:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
