@@ -420,11 +420,11 @@ def test_gan_modes_in_the_losses(mode):
     model = make_model(f"--gan_mode {mode} --lambda_id 0 --init_gain 0.2")
     A, B = random_pictures()
     real, fake, generator = PLAIN[mode]
-    losses, (fake_A, fake_B) = model.generator_losses(A, B)
+    _, losses, fake_A, fake_B = model.generator_losses(A, B)
     D_A, D_B = model.netD_A, model.netD_B
     adv = (mean(generator(D_A(fake_A))) + mean(generator(D_B(fake_B)))) / 2
     assert losses["adv"].item() == pytest.approx(adv, rel=1e-4)
-    losses = model.discriminator_losses(A, fake_A, B, fake_B)
+    _, losses = model.discriminator_losses(A, fake_A, B, fake_B)
     assert losses["D_A"].item() == pytest.approx(
         (mean(real(D_A(A))) + mean(fake(D_A(fake_A)))) / 2, rel=1e-4
     )
@@ -443,7 +443,7 @@ def test_gan_modes_in_the_losses(mode):
 def test_weights_of_the_losses(options, weights):
     model = make_model(options)
     A, B = random_pictures()
-    losses, _ = model.generator_losses(A, B)
+    loss, losses, _, _ = model.generator_losses(A, B)
     forth, back = model.netG_A2B, model.netG_B2A
     cycle_A, cycle_B = mean((back(forth(A)) - A).abs()), mean((forth(back(B)) - B).abs())
     identity = (mean((back(A) - A).abs()) + mean((forth(B) - B).abs())) / 2
@@ -451,7 +451,8 @@ def test_weights_of_the_losses(options, weights):
     total = losses["adv"].item() + (lambda_A * cycle_A + lambda_B * cycle_B) / 2
     assert abs(cycle_A - cycle_B) > 1e-4  # else swapped weights would not show
     assert losses["G"].item() == pytest.approx(total + lambda_id * identity, rel=1e-5)
-    assert ("identity" in losses) == (lambda_id > 0)
+    assert loss.item() == pytest.approx(losses["G"].item(), rel=1e-5)
+    assert (losses["identity"].item() > 0) == (lambda_id > 0)
 
 
 def test_identity_pass_is_not_computed_at_0():
@@ -475,19 +476,32 @@ def test_identity_pass_is_not_computed_at_0():
         ("constant", 3, 1, [1, 1, 1]),
     ],
 )
-def test_lr_policies(policy, n_epochs, decay_epoch, factors):
+def test_lr_policies(run, rgb, monkeypatch, policy, n_epochs, decay_epoch, factors):
+    """The factor at each epoch's start; a run's steps have it in both optimizers."""
+    for epoch, factor in enumerate(factors):
+        got = utils.lr_factor(policy, epoch, n_epochs, decay_epoch)
+        assert got == pytest.approx(factor)
+    used, step = [], train.CycleGAN.step
+
+    def note(model, batches):
+        optimizers = (model.optimizer_G, model.optimizer_D)
+        used.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        return step(model, batches)
+
+    monkeypatch.setattr(train.CycleGAN, "step", note)
     options = f"--lr_policy {policy} --n_epochs {n_epochs} --decay_epoch {decay_epoch} --lr 0.5"
-    model = make_model(options)
-    for epoch in (*range(n_epochs), 1):  # the last: what a resume does
-        model.start_epoch(epoch)
-        for optimizer in (model.optimizer_G, model.optimizer_D):
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * factors[epoch])
+    model = run(rgb, options)
+    n = model.iteration // n_epochs
+    assert len(used) == n * n_epochs
+    for epoch, factor in enumerate(factors):
+        assert used[n * epoch] == pytest.approx([0.5 * factor] * 2)
 
 
 @pytest.mark.parametrize("size", [0, 1, 50])
 def test_pool_size(run, rgb, size):
     model = run(rgb, f"--pool_size {size}")
-    assert [len(model.buffer_A.images), len(model.buffer_B.images)] == [min(size, 2)] * 2
+    assert [len(model.buffer_A.images), len(model.buffer_B.images)] == [size] * 2
+    assert [model.buffer_A.n, model.buffer_B.n] == [min(size, 2)] * 2
 
 
 def test_without_a_pool_the_discriminators_see_the_new_fakes(monkeypatch):
@@ -496,9 +510,9 @@ def test_without_a_pool_the_discriminators_see_the_new_fakes(monkeypatch):
     generator_losses, discriminator_losses = model.generator_losses, model.discriminator_losses
 
     def note_made(A, B):
-        losses, fakes = generator_losses(A, B)
-        made.append(fakes)
-        return losses, fakes
+        result = generator_losses(A, B)
+        made.append(result[2:])
+        return result
 
     def note_judged(A, fake_A, B, fake_B):
         judged.append((fake_A, fake_B))
@@ -554,18 +568,22 @@ def test_batch_norm_does_not_mix_passes():
         model = make_model(f"--norm {norm} --init_gain 0.3")
         A, B = random_pictures()
         B = B * 0.1 + 0.5
-        drawn = model.generators(A, B, True)
+        _, losses, fake_A, fake_B = model.generator_losses(A, B)
         forth, back = model.netG_A2B, model.netG_B2A
-        fake_B, fake_A = forth(A), back(B)
-        plain = (fake_A, fake_B, back(fake_B), forth(fake_A), back(A), forth(B))
-        for got, wanted in zip(drawn, plain, strict=True):
-            assert torch.allclose(got, wanted, atol=1e-4)
+        assert torch.allclose(fake_B, forth(A), atol=1e-4)
+        assert torch.allclose(fake_A, back(B), atol=1e-4)
+        cycle = (mean((back(fake_B) - A).abs()) + mean((forth(fake_A) - B).abs())) / 2
+        identity = (mean((back(A) - A).abs()) + mean((forth(B) - B).abs())) / 2
+        assert losses["cycle"].item() == pytest.approx(cycle, abs=1e-4)
+        assert losses["identity"].item() == pytest.approx(identity, abs=1e-4)
         D_A, D_B = model.netD_A, model.netD_B
-        scores = model.discriminators(A, fake_A, B, fake_B)
+        scores = (*model.forward_pair(D_A, A, fake_A), *model.forward_pair(D_B, B, fake_B))
         for got, wanted in zip(scores, (D_A(A), D_A(fake_A), D_B(B), D_B(fake_B)), strict=True):
             assert torch.allclose(got, wanted, atol=1e-4)
-    mixed = train.both(make_model("--norm batch").netD_A, A, B, batched=True)
-    apart = train.both(make_model("--norm batch").netD_A, A, B, batched=False)
+    model = make_model("--norm batch")
+    apart = model.forward_pair(model.netD_A, A, B)
+    model.batched = True
+    mixed = model.forward_pair(model.netD_A, A, B)
     assert not torch.allclose(mixed[0], apart[0], atol=1e-4)  # what the test above would catch
 
 
