@@ -266,10 +266,11 @@ def get_dataset(name: str, args: argparse.Namespace) -> None:
     if name == "demo":
         draw_demo(target)
     elif args.zip:
-        if not args.zip.is_file():
-            raise UserError(f"cannot read {args.zip}: there is no such file")
-        with open(args.zip, "rb") as file:
-            check_first_bytes(file.read(512), args.zip, "zip archive")
+        try:
+            with open(args.zip, "rb") as file:
+                check_first_bytes(file.read(512), args.zip, "zip archive")
+        except OSError as error:
+            raise UserError(f"cannot read {args.zip} ({error.strerror})") from error
         has_known_sum(args.zip, name, args.strict)
         unzip(args.zip, target)
     else:

@@ -1,8 +1,8 @@
-"""bench.py: the two steps it compares compute the same, its FLOPs are right, it prints a table."""
+"""Plain and ours compute the same, FLOPs are right, each case sets what it says, a table comes."""
 
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from tools import bench
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def options(ngf: int):
-    args = train.parse_args(["--ngf", str(ngf), "--ndf", str(ngf), "--ema", "0"])
-    train.fill_in(args)
-    return args
+    return train.parse_args(["--ngf", str(ngf), "--ndf", str(ngf), "--ema", "0"])
 
 
 def networks(plain: bench.Plain) -> dict[str, torch.nn.Module]:
@@ -25,21 +21,21 @@ def networks(plain: bench.Plain) -> dict[str, torch.nn.Module]:
     return {name: vars(plain)[name] for name in names}
 
 
-def test_plain_and_tuned_give_the_same_weights():
+def test_plain_and_ours_give_the_same_weights():
     """In float64: in float32 Adam turns rounding, where a gradient is near 0, into whole steps."""
     cpu = torch.device("cpu")
-    plain, tuned = bench.Plain(options(8), cpu), train.CycleGAN(options(8), cpu)
+    plain, ours = bench.Plain(options(8), cpu), train.CycleGAN(options(8), cpu)
     before = {}
-    for name, net in tuned.networks().items():
+    for name, net in ours.networks().items():
         networks(plain)[name].double().load_state_dict(net.double().state_dict())
         before[name] = [p.detach().clone() for p in net.parameters()]
     torch.manual_seed(1)
     for _ in range(3):
         x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64) * 2 - 1
-        losses, expected = tuned.step([(x, y)]), plain.step(x, y)
+        losses, expected = ours.step([(x, y)]), plain.step(x, y)
         for name, value in expected.items():
             assert losses[name].item() == pytest.approx(value, abs=1e-6), name
-    for name, net in tuned.networks().items():
+    for name, net in ours.networks().items():
         both = zip(net.named_parameters(), networks(plain)[name].parameters(), strict=True)
         for (key, p), q in both:
             torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=f"{name} {key}")
@@ -59,15 +55,46 @@ def test_flops_are_what_the_arithmetic_gives():
     assert bench.count_flops("train", 32, 32) == pytest.approx(spent, rel=0.05)
 
 
-def test_lever_alone_is_what_differs():
+def test_each_optimization_stands_alone():
     model = train.CycleGAN(options(8), torch.device("cpu"))
-    bench.use_one_lever(model, "fused")
-    assert model.optimizer_G.param_groups[0]["fused"]
-    assert not model.generators.batched
-    bench.use_one_lever(model, "channels_last")
-    assert not model.optimizer_D.param_groups[0]["fused"]
+    bench.keep_one(model, "fused")
+    assert model.optimizer_G.param_groups[0]["fused"] and not model.batched
+    bench.keep_one(model, "batched")
+    assert model.batched and not model.optimizer_D.param_groups[0]["fused"]
+    bench.keep_one(model, "channels_last")
     weight = model.netD_A.model[2].weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not model.batched
+    names = {id(p) for group in model.optimizer_G.param_groups for p in group["params"]}
+    assert names == {id(p) for net in (model.netG_A2B, model.netG_B2A) for p in net.parameters()}
+
+
+@pytest.fixture
+def backends():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield cudnn
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_plain_is_pytorch_as_it_comes(backends):
+    """TF32 convolutions are PyTorch's default; only strict turns them off, only on a GPU a row."""
+    default = torch.backends.cudnn.allow_tf32
+    for name, tf32, benchmark in (
+        ("plain", default, False),
+        ("strict", False, False),
+        ("amp", default, False),
+        ("benchmark", default, True),
+    ):
+        case = bench.Case("translate", name, torch.device("cpu"), 32, ngf=2, dtype=torch.bfloat16)
+        backends.allow_tf32, backends.benchmark = not tf32, not benchmark
+        picture = bench.make_step(case)()
+        assert (backends.allow_tf32, backends.benchmark) == (tf32, benchmark), name
+        assert picture.shape == (1, 3, 32, 32) and not picture.requires_grad
+    gpu = bench.Case("train", "plain", torch.device("cuda"), 32)
+    assert default and bench.precision_of(gpu) == "tf32"
+    assert bench.precision_of(replace(gpu, name="strict")) == "float32"
+    assert bench.precision_of(replace(gpu, name="ours", dtype=torch.bfloat16)) == "bf16"
+    assert "benchmark" in bench.optimizations(gpu) and "amp" not in bench.optimizations(gpu)
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -82,28 +109,39 @@ def test_command_prints_the_table():
     rows = [row for row in rows if row]
     assert [row[:2] for row in rows[2:]] == [
         ["train", "plain"],
-        ["train", "tuned"],
+        ["train", "ours"],
         ["translate", "plain"],
-        ["translate", "tuned"],
+        ["translate", "ours"],
     ]
     assert len({len(row) for row in rows}) == 1  # or no viewer takes it for a table
     for row in rows[2:]:
         cells = dict(zip(rows[0], row, strict=True))
         assert float(cells["s/step"]) > 0
-        assert float(cells["peak GB"]) > 0.05
+        assert float(cells["peak GB"]) > 0.05 and float(cells["speed"]) > 0
+        assert "GFLOP/s" in cells["of matmul rate"]
     assert torch.__version__ in result.stdout.splitlines()[0]
 
 
 def test_loader_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LOADER_SECONDS", 0.2)
-    bench.draw_pictures(tmp_path, n=3, listed=500)
-    args = bench.parse_args(["--data", "--sizes", "64", "--workers", "0", "--device", "cpu"])
-    bench.bench_data(args, tmp_path, tmp_path)
-    printed = capsys.readouterr().out
-    assert "listing 500 files" in printed
-    rates = [line.split("|")[-2] for line in printed.splitlines()[-2:]]
-    assert all(int(rate) > 0 for rate in rates)
-    assert "cached (filled" in printed
+    bench.draw_pictures(tmp_path, n=3)
+    bench.main(
+        bench.parse_args(
+            f"--data --sizes 64 --workers 0 --device cpu --dataroot {tmp_path}".split()
+        )
+    )
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert "not cached, 0 workers" in rows[0][0] and "cached (filled in" in rows[1][0]
+    assert all(int(row[2]) > 0 for row in rows)
+
+
+def test_a_case_out_of_memory_is_a_row(capsys, monkeypatch):
+    def fail(*args):
+        raise bench.UserError("the GPU is out of memory: a smaller batch needs less")
+
+    monkeypatch.setattr(bench, "measure", fail)
+    bench.main(bench.parse_args(["--sizes", "32", "--batches", "1", "2", "--device", "cpu"]))
+    assert capsys.readouterr().out.count("out of memory") == 4  # two tasks, two batches
 
 
 def test_impossible_numbers_are_refused():
