@@ -52,11 +52,9 @@ def parse(command: str) -> str | None:
     if "--help" in words:
         return name
     try:
-        args = script.parse_args(words)
+        script.parse_args(words)
     except SystemExit:
         pytest.fail(f"{name} does not understand: {command}")
-    if name == "train" and not args.resume:
-        train.check_options(args)
     return name
 
 
@@ -123,9 +121,11 @@ def test_every_option_is_documented_with_its_default():
 
 
 def test_presets_are_documented():
-    rows = {"--demo": train.DEMO, "--classic": train.CLASSIC}
-    for name, preset in rows.items():
-        row = re.search(rf"^\| `{name}` .*$", read("docs/options.md"), re.MULTILINE)[0]
+    for name in ("demo", "quick", "classic"):
+        preset = vars(train)[name.upper()]
+        # a flag that is off cannot be typed, nor can epochs that follow from the data
+        preset = {k: v for k, v in preset.items() if v is not False and (k, v) != ("n_epochs", 0)}
+        row = re.search(rf"^\| `--{name}` .*$", read("docs/options.md"), re.MULTILINE)[0]
         typed = next(words for words in re.findall(r"`(--\w+ [^`]*)`", row) if " --" in words)
         args = vars(train.parse_args(typed.split()))
         assert {key: args[key] for key in preset} == preset, name
