@@ -154,7 +154,8 @@ def make_step(case: Case) -> Callable[[], object]:
         net.to(case.device, memory_format=layout)
         if case.name == "compile":
             net.compile()
-        return torch.no_grad()(lambda: translate(net, x, dtype) if ours else net(x))
+        plain = case.name in ("plain", "strict")
+        return torch.no_grad()(lambda: net(x) if plain else translate(net, x, dtype))
     options = ["--ngf", str(case.ngf), "--ndf", str(case.ngf)] + ([] if ours else ["--ema", "0"])
     compiled = case.name == "compile" or (ours and case.compile)
     options = train.parse_args([*options, "--compile"] if compiled else options)
@@ -205,7 +206,7 @@ def run_steps(case: Case, n: int) -> tuple[float, int]:
 
     The bytes are of tensors on a GPU, elsewhere of the whole process.
     """
-    wait = torch.cuda.synchronize if is_cuda(case) else lambda: None
+    wait = torch.accelerator.synchronize if case.device.type != "cpu" else lambda: None
     with utils.explain_out_of_memory("a smaller batch needs less"):
         step = make_step(case)
         wait()

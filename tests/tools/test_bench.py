@@ -78,7 +78,7 @@ def backends():
 
 def test_plain_is_pytorch_as_it_comes(backends):
     """TF32 convolutions are PyTorch's default; only strict turns them off, only on a GPU a row."""
-    default = torch.backends.cudnn.allow_tf32
+    default, plain = torch.backends.cudnn.allow_tf32, None
     for name, tf32, benchmark in (
         ("plain", default, False),
         ("strict", False, False),
@@ -90,6 +90,9 @@ def test_plain_is_pytorch_as_it_comes(backends):
         picture = bench.make_step(case)()
         assert (backends.allow_tf32, backends.benchmark) == (tf32, benchmark), name
         assert picture.shape == (1, 3, 32, 32) and not picture.requires_grad
+        plain = picture if name == "plain" else plain
+        assert torch.equal(picture, plain) == (name != "amp")
+        torch.testing.assert_close(picture.float(), plain, rtol=0, atol=0.02)
     gpu = bench.Case("train", "plain", torch.device("cuda"), 32)
     assert default and bench.precision_of(gpu) == "tf32"
     assert bench.precision_of(replace(gpu, name="strict")) == "float32"
