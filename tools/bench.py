@@ -1,8 +1,8 @@
 """Measure the speed of training and translation on this device, beside the plain way.
 
-    python -m tools.bench               a table: plain PyTorch and ours, training, then translation
-    python -m tools.bench --each        what each optimization adds alone
-    python -m tools.bench --data        the loader alone
+    python -m tools.bench                        plain PyTorch and ours, training, then translation
+    python -m tools.bench --each                 what each optimization adds alone
+    python -m tools.bench --data dataset/demo    the loader alone
 
 "plain" is the iteration of the classic scripts with PyTorch's defaults (on a GPU, convolutions in
 TF32), "strict" the same in strict float32, "ours" what train.py and test.py do. Plain and another
@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,10 +24,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
@@ -296,48 +293,31 @@ def print_result(case: Case, result: tuple, plain_seconds: float) -> None:
     )
 
 
-def draw_pictures(dataroot: Path, n: int) -> None:
-    """Save `n` smooth pictures of 256x256 in trainA and in trainB."""
-    rng = np.random.default_rng(0)
-    for split in ("trainA", "trainB"):
-        (dataroot / split).mkdir()
-        for i in range(n):
-            small = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-            small.resize((256, 256)).save(dataroot / split / f"{i:03}.jpg", quality=90)
-
-
 def loader_rate(data: datasets.UnpairedImages, workers: int) -> float:
-    """Pairs per second at batch 1, after the first."""
+    """Pictures per second at batch 1, after the first."""
     sampler = datasets.RunSampler(len(data), 1, 1, range(10**9))
     batches = iter(datasets.make_loader(data, sampler, workers, pin=False))
     next(batches)
     n, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < LOADER_SECONDS:
         next(batches)
-        n += 1
+        n += 2
     return n / spent
 
 
-def bench_data(args) -> None:
+def bench_data(dataroot: Path, size: int) -> None:
     """Print the pictures per second that the loader gives, from disk and from memory."""
-    size = args.sizes[-1]
-    options = train.parse_args(["--size", str(size), "--load_size", str(round(size * 286 / 256))])
-    with tempfile.TemporaryDirectory() as folder:
-        dataroot = args.dataroot or Path(folder)
-        if not args.dataroot:
-            draw_pictures(dataroot, n=200)
-        skip_log = Path(folder) / "skipped.txt"
-        A, B = (datasets.Domain(dataroot, f"train{x}", 3, options, skip_log) for x in "AB")
-        data = datasets.UnpairedImages(A, B, size)
-        print("| loader | size | pictures/s |\n|---|---|---|")
-        for workers in sorted({0, args.workers}):
-            rate = 2 * loader_rate(data, workers)
-            print(f"| not cached, {workers} workers | {size} | {rate:.0f} |", flush=True)
-        start = time.perf_counter()
-        A.cache()
-        B.cache()
-        filling = time.perf_counter() - start
-        print(f"| cached (filled in {filling:.1f} s) | {size} | {2 * loader_rate(data, 0):.0f} |")
+    args = train.parse_args(["--size", str(size), "--load_size", str(round(size * 286 / 256))])
+    A, B = (datasets.Domain(dataroot, f"train{x}", 3, args, Path(os.devnull)) for x in "AB")
+    data = datasets.UnpairedImages(A, B, size)
+    print("| loader | size | pictures/s |\n|---|---|---|")
+    for workers in sorted({0, args.workers}):
+        print(f"| not cached, {workers} workers | {size} | {loader_rate(data, workers):.0f} |")
+    start = time.perf_counter()
+    A.cache()
+    B.cache()
+    filling = time.perf_counter() - start
+    print(f"| cached (filled in {filling:.1f} s) | {size} | {loader_rate(data, 0):.0f} |")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -354,10 +334,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ngf", type=int, default=64, help="width of all networks (64)")
     add("--rounds", type=int, help="turns of each, of which the median is taken (7; on a CPU 3)")
     add("--steps", type=int, help="steps in a turn (20; on a CPU 1)")
-    add("--data", action="store_true", help="measure the loader, nothing else")
-    add("--dataroot", type=Path, help="folder of trainA and trainB for --data (drawn)")
-    workers = min(4, os.cpu_count() or 1)
-    add("--workers", type=int, default=workers, help=f"processes for --data ({workers})")
+    add("--data", type=Path, metavar="DIR", help="measure the loader alone, on a data set")
     utils.add_device_options(parser)
     return parser.parse_args(argv)
 
@@ -375,7 +352,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--sizes are {args.sizes}, but must be multiples of 4, at least 32")
     print(f"{utils.describe(device)}, {torch.get_num_threads()} threads\n")
     if args.data:
-        bench_data(args)
+        bench_data(args.data, args.sizes[-1])
         return
     compare(args, device, dtype)
     memory = "tensors" if device.type == "cuda" else "the whole process"
