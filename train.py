@@ -12,6 +12,7 @@ import contextlib
 import copy
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import datasets
 import utils
-from lib import checkpoint
+from lib import checkpoint, validation
 from lib.logger import Logger
 from models import Discriminator, init_weights, make_generator
 from tools.demo import draw_demo
@@ -256,11 +257,10 @@ def load_data(args) -> datasets.UnpairedImages:
 
 
 def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> float:
-    """Measure on the test split, keep the best generators in models/best/; the best score yet."""
-    import test  # test.py, which imports nothing from here
-
-    args, nets = model.args, model.best_generators()
-    metrics, score = test.measure(args, nets, model.device, model.dtype)
+    """Measure on unseen pictures, keep the best generators in models/best/; the best score yet."""
+    args, nets, options = model.args, model.best_generators(), vars(model.args)
+    pairs = validation.find_pictures(args.dataroot, options)
+    metrics, score = validation.measure(nets, pairs, options, model.device, model.dtype)
     log.log("metrics", {"epoch": epoch, "iteration": model.iteration, **metrics})
     if best is None or score < best:
         folder = utils.make_folder(args.workdir / "models" / "best")
@@ -602,10 +602,10 @@ def main(args: argparse.Namespace) -> int:
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"
     with utils.explain_out_of_memory(advice):
         code = train(args, state)
-    if args.demo and code == 0:
-        import test  # test.py, which imports nothing from here
-
-        code = test.main(test.parse_args(["--workdir", str(args.workdir)]))
+    if args.demo and code == 0 and is_main:
+        test = [sys.executable, Path(__file__).with_name("test.py"), "--workdir", args.workdir]
+        alone = {name: value for name, value in os.environ.items() if name != "RANK"}
+        code = subprocess.run(test, env=alone).returncode
     return code
 
 

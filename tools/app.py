@@ -18,13 +18,13 @@ import torch
 
 import datasets
 import utils
+from lib import translation as tr
 from models import load_generator
-from test import find_jobs, read_options, save_array, translate_group
 from utils import UserError
 
 EXAMPLES = 10  # of each domain
 HEIGHT = 310  # of a picture on the page
-# small pictures are enlarged too, and all begin at the same height
+# enlarge small pictures too, align all at the top
 CSS = ".image-frame img { width: 100%; height: 100%; object-fit: contain; object-position: top }"
 SHOWN = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # what browsers can draw
 # files in models/, * being the direction; any other .pth file there goes one way only
@@ -32,7 +32,7 @@ CHECKPOINTS = {"moving average": "netG_*_ema.pth", "last": "netG_*.pth", "best":
 
 
 def find_checkpoints(models: Path) -> dict[str, str]:
-    """What there is to choose from just now: label -> file name in `models`."""
+    """Return the checkpoints that are there now, label -> file name in `models`."""
     pairs = {
         label: name
         for label, name in CHECKPOINTS.items()
@@ -43,26 +43,18 @@ def find_checkpoints(models: Path) -> dict[str, str]:
     return pairs | {name: name for name in sorted(others)}
 
 
-def find_ways(options: dict) -> dict[str, str]:
-    """The directions, label -> name; a data set called apple2orange tells what A and B are."""
-    A, _, B = Path(options.get("dataroot", "")).name.partition("2")
-    if not (A.isalpha() and B):
-        A, B = "A", "B"
-    elif options.get("direction") == "BtoA":
-        A, B = B, A
-    return {f"{A} → {B}": "A2B", f"{B} → {A}": "B2A"}
-
-
-def find_examples(options: dict) -> dict[str, list[str]]:
-    """A few pictures of the run's test split, direction -> paths; none where it has gone."""
-    jobs = []
-    with contextlib.suppress(UserError):
-        jobs = find_jobs(argparse.Namespace(input=None, dataroot=None, direction=None), options)
+def find_examples(workdir: Path, options: dict) -> dict[str, list[str]]:
+    """Return a few sources for each direction: what test.py translated, else the test split."""
+    examples = {"A2B": [], "B2A": []}
+    with contextlib.suppress(UserError, KeyError):  # a damaged index; no test split
+        for row in tr.read_index(workdir):
+            examples[row.direction].append(row.source)
+        for direction in [way for way in examples if not examples[way] and "dataroot" in options]:
+            folder = tr.find_split(Path(options["dataroot"]), "test", direction[0], options)
+            examples[direction] = [str(folder / name) for name in datasets.list_images(folder)]
     return {
-        job["direction"]: [
-            str(job["folder"] / name) for name in job["names"] if name.lower().endswith(SHOWN)
-        ][:EXAMPLES]
-        for job in jobs
+        direction: [path for path in paths if path.lower().endswith(SHOWN)][:EXAMPLES]
+        for direction, paths in examples.items()
     }
 
 
@@ -73,7 +65,7 @@ def cached_generator(path: Path, changed: int, device: torch.device):
 
 
 class Translator:
-    """Translates files with whatever weights are in the folder `models` at the moment."""
+    """Translates files with the weights that are in the folder `models` at the moment."""
 
     def __init__(self, models: Path, longest: int, device: torch.device, dtype):
         self.models, self.longest, self.device, self.dtype = models, longest, device, dtype
@@ -89,29 +81,29 @@ class Translator:
         return cached_generator(weights, changed, self.device)
 
     def read(self, path: Path, channels: int) -> tuple[np.ndarray, str]:
-        """The picture (H, W, channels), scaled down if it is too large, and a word on its size."""
+        """Return a picture (H, W, channels), scaled down if too large, and a note on its size."""
         picture = datasets.load_image(path, channels)
         height, width = picture.shape[:2]
         scale = self.longest / max(height, width)
         if scale >= 1:
             return picture, f"{width} × {height} pixels"
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        told = f"scaled down from {width} × {height} to {size[0]} × {size[1]} pixels"
-        return datasets.resize(picture, size), told
+        note = f"scaled down from {width} × {height} to {size[0]} × {size[1]} pixels"
+        return datasets.resize(picture, size), note
 
     def translate(self, net, picture: np.ndarray) -> np.ndarray:
-        """(H, W, input_nc) -> (H, W, output_nc), to the byte what test.py makes of it."""
+        """(H, W, input_nc) -> (H, W, output_nc), the same bytes as from test.py."""
         with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
-            ((_, _, fake),) = translate_group(net, [(0, picture)], self.device, self.dtype)
-        return fake
+            return tr.translate_batch(net, [picture], self.device, self.dtype)[0]
 
 
 def build_page(translator: Translator, options: dict, examples: dict[str, list[str]]):
-    """The Gradio page; its parts from top to bottom, then what happens on which event."""
+    """Return the Gradio page: its parts from top to bottom, then the events."""
     import gradio as gr
 
     labels = lambda: list(find_checkpoints(translator.models))
     progress = gr.Progress()
+    names = tr.domain_names(options)
 
     def show(upload: dict | None, way: str, label: str, bar=progress):
         """Yield the translation as soon as it is there, then the way back too."""
@@ -123,22 +115,21 @@ def build_page(translator: Translator, options: dict, examples: dict[str, list[s
             bar(0.1, "loading the weights")
             weights = translator.weights(label, way)
             net = translator.load(weights)
-            source, told = translator.read(path, net.input_nc)
+            source, note = translator.read(path, net.input_nc)
             bar(0.5, "translating")
             fake = translator.translate(net, source)
-            told += f", {time.perf_counter() - start:.1f} s on {translator.device}"
+            note += f", {time.perf_counter() - start:.1f} s on {translator.device}"
             back = translator.weights(label, way[::-1])
-            there_is_more = back.exists() and back != weights
+            cycle = back.exists() and back != weights
             with tempfile.TemporaryDirectory() as folder:  # Gradio keeps its own copy
-                ending = ".png" if fake.shape[2] in (1, 3, 4) else ".npy"
-                result = Path(folder) / f"{path.stem}_{way}{ending}"
-                save_array(result, fake)
+                result = Path(folder) / f"{path.stem}_{way}{tr.file_suffix(fake.shape[2])}"
+                tr.save_array(result, fake)
                 button = gr.DownloadButton(value=result, interactive=True)
-                so_far = told + (", translating back ..." if there_is_more else "")
-                yield datasets.to_rgb(fake), None, button, so_far
-            if there_is_more:
+                status = note + (", translating back ..." if cycle else "")
+                yield datasets.to_rgb(fake), None, button, status
+            if cycle:
                 rec = translator.translate(translator.load(back), fake)
-                yield gr.skip(), datasets.to_rgb(rec), gr.skip(), told
+                yield gr.skip(), datasets.to_rgb(rec), gr.skip(), note
         except datasets.UnreadableImage as error:
             message = f"{path.name} is not a picture that can be read ({error}). Try another file."
             raise gr.Error(message, print_exception=False) from error
@@ -148,7 +139,8 @@ def build_page(translator: Translator, options: dict, examples: dict[str, list[s
     with gr.Blocks(title="CycleGAN", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# CycleGAN\nDrop or paste a picture, take one, or click on an example.")
         with gr.Row():
-            way = gr.Radio(list(find_ways(options).items()), value="A2B", label="direction")
+            choices = [(f"{names[d[0]]} → {names[d[-1]]}", d) for d in examples]
+            way = gr.Radio(choices, value="A2B", label="direction")
             checkpoint = gr.Dropdown(labels(), label="checkpoint")
         with gr.Row():
             kind = {"height": HEIGHT, "interactive": False, "buttons": ["fullscreen"]}
@@ -161,20 +153,19 @@ def build_page(translator: Translator, options: dict, examples: dict[str, list[s
                 download = gr.DownloadButton("Download PNG", interactive=False)
             with gr.Column(min_width=240):
                 rec = gr.Image(label="back again", format="png", **kind)
-                told = gr.Markdown()
+                note = gr.Markdown()
         # raw uploads: Gradio would decode and turn them in its own way
         work = {
             "fn": show,
             "inputs": [source, way, checkpoint],
-            "outputs": [fake, rec, download, told],
+            "outputs": [fake, rec, download, note],
             "show_progress_on": fake,
             "preprocess": False,
         }
         gr.on([source.input, way.input, checkpoint.input], **work, trigger_mode="always_last")
-        for label, direction in find_ways(options).items():
-            paths = examples.get(direction, [])
+        for direction, paths in examples.items():
             shown = {"components": [source], "samples": [[path] for path in paths], "type": "index"}
-            samples = gr.Dataset(label=f"examples of {label.split()[0]}", **shown)
+            samples = gr.Dataset(label=f"examples of {names[direction[0]]}", **shown)
             pick = lambda i, direction=direction, paths=paths: (paths[i], direction)
             samples.click(pick, samples, [source, way]).then(**work)
         page.load(lambda: gr.Dropdown(labels()), None, checkpoint)  # weights may have come or gone
@@ -183,9 +174,10 @@ def build_page(translator: Translator, options: dict, examples: dict[str, list[s
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Translate pictures on a page in the browser.")
-    group = parser.add_argument_group("page")
+    group = parser.add_argument_group("model")
     utils.add_workdir(group)
     group.add_argument("--models", type=Path, metavar="DIR", help="folder of weights (models/)")
+    group = parser.add_argument_group("page")
     group.add_argument("--port", type=int, help="of the address (the first free one from 7860)")
     longest = "larger pictures are scaled down to this length of the longer side (1024)"
     group.add_argument("--longest", type=int, default=1024, metavar="PIXELS", help=longest)
@@ -205,11 +197,11 @@ def main(args: argparse.Namespace) -> None:
     models = args.models or args.workdir / "models"
     if not find_checkpoints(models):
         raise UserError(f"{models} holds no generator: train first, or name --models")
-    options = read_options(models)
+    options = tr.read_options(models)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads are deleted
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        examples = find_examples(options)
+        examples = find_examples(args.workdir, options)
         page = build_page(Translator(models, args.longest, device, dtype), options, examples)
         try:
             _, address, _ = page.launch(

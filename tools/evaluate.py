@@ -1,7 +1,10 @@
-"""Score the translations that test.py wrote against the real pictures of the test split.
+"""Measure the translations that test.py wrote, which `outputs/index.csv` lists.
 
 python -m tools.evaluate                                      the run in --workdir
 python -m tools.evaluate --inception weights-inception.pth    where the weights cannot be fetched
+
+Two baselines stand beside them: identity, the source as it is, and one flat colour, the median of
+the target's training pixels.
 """
 
 import argparse
@@ -11,238 +14,192 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import datasets
 import utils
+from lib import metrics
+from lib import translation as tr
 from models import load_generator
-from test import Error, find_jobs, find_weights, read_options, translate_files
-from tools.report import metrics_rows, write_report
+from tools.report import format_measures, write_report
 from utils import UserError
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # among torch-fidelity's releases
-
-# ------------------------------------------------------------------------------------------------
-# Two pictures
+N_TRAIN = 500  # training pictures that stand for all, at most
 
 
-def ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """Structural similarity of two (H, W, C) uint8 pictures, 1 if they are the same.
-
-    Wang et al. 2004: Gaussian window of 11 x 11, sigma 1.5, K1 = 0.01, K2 = 0.03; only windows that
-    lie within the picture; the mean over places and channels.
-    """
-    a, b = (torch.from_numpy(p / 255).permute(2, 0, 1)[:, None] for p in (x, y))  # (C, 1, H, W)
-    n = min(11, *x.shape[:2])
-    line = torch.exp(-((torch.arange(n, dtype=a.dtype) - (n - 1) / 2) ** 2) / (2 * 1.5**2))
-    line = line / line.sum()
-
-    def blur(p: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.conv2d(p, line.view(1, 1, n, 1)), line.view(1, 1, 1, n))
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
-    likeness = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
-    likeness /= (mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2)
-    return float(likeness.mean())
-
-
-def compare(x: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Measures of one (H, W, C) uint8 picture against the truth.
-
-    mae in [0, 1]; psnr in dB, 100 at most (what equal pictures get); ssim; and those used for maps
-    (Fu et al. 2019, GcGAN): rmse over 0 to 255, under_5 and under_10 the shares of pixels
-    whose largest channel error is below 5 and 10.
-    """
-    error = np.abs(x.astype(np.float64) - truth)  # (H, W, C)
-    mse = (error**2).mean()
-    worst = error.max(axis=2)
-    return {
-        "mae": error.mean() / 255,
-        "psnr": 10 * np.log10(1 / max(mse / 255**2, 1e-10)),
-        "ssim": ssim(x, truth),
-        "rmse": np.sqrt(mse),
-        "under_5": (worst < 5).mean(),
-        "under_10": (worst < 10).mean(),
-    }
-
-
-def load_rgb(path: Path, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A picture as (H, W, 3) uint8: grey is repeated, of more channels the first three are taken.
+def load_rgb(path: Path | str, channels: int, size: tuple[int, int] | None) -> np.ndarray:
+    """Return a picture as (H, W, 3) uint8: grey is repeated, of more channels three are taken.
 
     Raises:
         UnreadableImage: see datasets.load_image.
     """
-    picture = datasets.load_image(path, channels)
+    picture = datasets.load_image(Path(path), channels)
     return np.array(datasets.to_rgb(datasets.resize(picture, size or picture.shape[1::-1])))
 
 
-# ------------------------------------------------------------------------------------------------
-# One direction
-
-
-def compare_pairs(job: dict) -> dict:
-    """Means over the pictures whose truth is known, of the translations and of doing nothing.
-
-    Source and truth are resized to the translation. Besides what `compare` measures: error, the
-    mean absolute error where source and truth differ, which test.py prints too.
-    """
-    made, nothing, error = [], [], Error()
-    pairs = [i for i in job["outputs"] if i in job["truths"]]
-    for i in tqdm(pairs, f"{job['direction']} pairs", leave=False):
-        try:
-            fake = load_rgb(job["outputs"][i], job["channels"][1])
-            size = fake.shape[1::-1]
-            source = load_rgb(job["folder"] / job["names"][i], job["channels"][0], size)
-            truth = load_rgb(job["truth_folder"] / job["truths"][i], job["channels"][1], size)
-        except datasets.UnreadableImage:
-            continue  # test.py has named it
-        made.append(compare(fake, truth))
-        nothing.append(compare(source, truth))
-        error.add(source, fake, truth)
-    if not made:
-        return {}
-    figures = {"n_pairs": len(made)}
-    for name, all in (("translation", made), ("nothing", nothing)):
-        figures[name] = {key: float(np.mean([one[key] for one in all])) for key in all[0]}
-    if error.sums[2]:
-        figures["translation"]["error"], figures["nothing"]["error"] = error.figures()
-    return figures
-
-
-def cycle_error(job: dict, back, device: torch.device, dtype: torch.dtype | None) -> dict:
-    """Mean absolute difference, in [0, 1], of the sources and the translations translated back."""
-    indices, paths, errors = list(job["outputs"]), list(job["outputs"].values()), []
-    load = lambda path: datasets.load_image(path, back.input_nc)
-    done = translate_files(back, paths, load, 8 if device.type == "cuda" else 1, device, dtype)
-    for k, fake, rec in tqdm(done, f"{job['direction']} cycle", len(paths), leave=False):
-        try:
-            path = job["folder"] / job["names"][indices[k]]
-            source = datasets.load_image(path, back.output_nc)
-        except datasets.UnreadableImage:
-            continue
-        if rec is not None:  # None: the translation itself is unreadable
-            source = datasets.to_tensor(datasets.resize(source, fake.shape[1::-1]))
-            errors.append(float((datasets.to_tensor(rec) - source).abs().mean()) / 2)
-    return {"cycle": float(np.mean(errors))} if errors else {}
-
-
-# ------------------------------------------------------------------------------------------------
-# Sets of pictures: KID and FID
-
-
 class Pictures(Dataset):
-    """The readable pictures of a set as torch-fidelity wants them, all resized to `size`."""
+    """The readable pictures of a set, of `size` = (width, height): [i] is (3, H, W), uint8."""
 
-    def __init__(self, paths: list[Path], channels: int):
-        self.paths, self.channels, self.size = [], channels, None
+    def __init__(self, paths: list, channels: int, size: tuple[int, int]):
+        self.paths, self.channels, self.size = [], channels, size
         for path in paths:
-            with contextlib.suppress(datasets.UnreadableImage):  # test.py has named it
-                datasets.load_image(path, channels)
+            with contextlib.suppress(datasets.UnreadableImage):  # test.py has reported it
+                datasets.load_image(Path(path), channels)
                 self.paths.append(path)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        pixels = load_rgb(self.paths[i], self.channels, self.size)
-        return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, height, width), uint8
+        return torch.from_numpy(load_rgb(self.paths[i], self.channels, self.size)).permute(2, 0, 1)
 
 
-def distances(sets: dict[str, Pictures], pairs: list[tuple[str, str]], **options) -> list[dict]:
-    """KID with its standard deviation, and FID, of the pairs of sets that `pairs` names.
+# ------------------------------------------------------------------------------------------------
+# Pairs
 
-    Binkowski et al. 2018 and Heusel et al. 2017, by torch-fidelity, which gets `options`. KID is
-    the mean over 100 random subsets, each of half the smaller set (1000 pictures at most): subsets
-    as large as the set would all be the same, and their standard deviation 0.
+
+def measure_pairs(rows: list, channels: tuple[int, int], flat: np.ndarray | None) -> dict:
+    """Return the errors (lib/metrics.py) of translation, identity and flat where truth is known.
+
+    Source and truth are resized to the translation. `whole` is mae over that of identity.
+    """
+    rows, sums, tables = [row for row in rows if row.truth], {}, {}
+    for row in tqdm(rows, "pairs", leave=False):
+        try:
+            fake = load_rgb(row.output, channels[1], None)
+            source = load_rgb(row.source, channels[0], fake.shape[1::-1])
+            truth = load_rgb(row.truth, channels[1], fake.shape[1::-1])
+        except datasets.UnreadableImage:
+            continue  # test.py has reported it
+        pictures = {"translation": fake, "identity": source}
+        if flat is not None:
+            pictures["flat"] = np.broadcast_to(flat, fake.shape)
+        for kind, picture in pictures.items():
+            errors = metrics.pixel_errors(picture, truth)
+            with contextlib.suppress(ImportError):  # no scikit-image
+                errors |= metrics.similarity(picture, truth)
+            tables.setdefault(kind, []).append(errors)
+            sums[kind] = sums.get(kind, 0) + metrics.error_sums(picture, source, truth)
+    found = {}
+    for kind, table in tables.items():
+        found[kind] = {key: float(np.mean([errors[key] for errors in table])) for key in table[0]}
+        found[kind] |= metrics.masked_errors(sums[kind])
+    for errors in found.values():
+        if found["identity"]["mae"]:
+            errors["whole"] = errors["mae"] / found["identity"]["mae"]
+    return found | ({"n_pairs": len(tables["identity"])} if tables else {})
+
+
+def cycle_error(rows: list, back, device: torch.device, dtype) -> dict[str, float]:
+    """Return the mean absolute difference of sources and translations translated back, of 255."""
+    paths, errors = [Path(row.output) for row in rows], []
+    load = lambda path: datasets.load_image(path, back.input_nc)
+    done = tr.translate_files(back, paths, load, 8 if device.type == "cuda" else 1, device, dtype)
+    for i, fake, rec in tqdm(done, "cycle", len(rows), leave=False):
+        with contextlib.suppress(datasets.UnreadableImage):
+            source = datasets.load_image(Path(rows[i].source), back.output_nc)
+            if rec is not None:  # None: the translation itself is unreadable
+                source = datasets.to_tensor(datasets.resize(source, fake.shape[1::-1]))
+                errors.append(float((datasets.to_tensor(rec) - source).abs().mean()) * 127.5)
+    return {"cycle": float(np.mean(errors))} if errors else {}
+
+
+# ------------------------------------------------------------------------------------------------
+# Sets
+
+
+def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> dict:
+    """Return the sets fake_A, fake_B and, if there is a `root`, real_A, real_B, train_A, train_B.
+
+    real is the test split; train is every k-th training picture, N_TRAIN at most. All have the size
+    of the first translation.
+
+    Raises:
+        UserError: `root` has no test split.
+    """
+    paths = {
+        f"fake_{direction[-1]}": [row.output for row in index[direction]] for direction in index
+    }
+    name, (first, *_) = next(iter(paths.items()))
+    size = load_rgb(first, channels[name[-1]], None).shape[1::-1]
+    for domain in "AB" if root else "":
+        folder = tr.find_split(root, "test", domain, options)
+        paths[f"real_{domain}"] = [folder / name for name in datasets.list_images(folder)]
+        with contextlib.suppress(UserError):
+            folder = tr.find_split(root, "train", domain, options)
+            names = datasets.list_images(folder)
+            names = names[:: -(-len(names) // N_TRAIN)]
+            paths[f"train_{domain}"] = [folder / name for name in names]
+    return {name: Pictures(found, channels[name[-1]], size) for name, found in paths.items()}
+
+
+def measure_swd(direction: str, sets: dict) -> dict[str, dict[str, float]]:
+    """Return the sliced Wasserstein distance (lib/metrics.py) to the targets of the test split.
+
+    Of the translations, of identity, of one flat colour, and of the targets of the train split:
+    that one (real) is as near as two sets of real pictures are.
+    """
+    source, target = direction[0], direction[-1]
+    kinds = {"translation": f"fake_{target}", "identity": f"real_{source}"}
+    kinds |= {"flat": f"flat_{target}", "real": f"train_{target}"}
+    real = metrics.sample_patches(sets[f"real_{target}"])
+    return {
+        kind: {"swd": metrics.sliced_wasserstein(metrics.sample_patches(sets[name]), real)}
+        for kind, name in kinds.items()
+        if len(sets.get(name, ()))
+    }
+
+
+def measure_inception(directions: list, sets: dict, inception: Path | None, device) -> dict:
+    """Return KID, its deviation, and FID by direction, of translation and identity to the targets.
+
+    And source_kid, ... of the translations to the sources. Binkowski et al. 2018 and Heusel et al.
+    2017, by torch-fidelity. KID is the mean over 100 random subsets, each of half the smaller set
+    (1000 pictures at most): subsets as large as the set would all be the same.
 
     Raises:
         ImportError: torch-fidelity is not installed.
         OSError: Inception's weights cannot be fetched.
+        UserError: `inception` is given, but holds something else.
     """
     import torch_fidelity as fidelity
 
-    found = []
-    with tempfile.TemporaryDirectory() as cache:  # the features of each set are computed once
-        for one, other in tqdm(pairs, "KID and FID", leave=False):
-            half = min(len(sets[one]), len(sets[other])) // 2
-            result = fidelity.calculate_metrics(
-                input1=sets[one],
-                input2=sets[other],
-                input1_cache_name=one,
-                input2_cache_name=other,
-                cache_root=cache,
-                kid=True,
-                fid=True,
-                kid_subset_size=max(2, min(1000, half)),
-                save_cpu_ram=True,  # that is, no loader processes, for which /dev/shm can be short
-                verbose=False,
-                **options,
-            )
-            found.append(
-                {
-                    "kid": result[fidelity.KEY_METRIC_KID_MEAN],
-                    "kid_std": result[fidelity.KEY_METRIC_KID_STD],
-                    "fid": result[fidelity.KEY_METRIC_FID],
-                }
-            )
-    return found
-
-
-def compare_sets(jobs: list[dict], inception: Path | None, device: torch.device) -> dict:
-    """KID and FID by direction: translations to targets and to sources, and sources to targets.
-
-    All pictures are resized to the first translation. Gives {} after a line that says why, if
-    torch-fidelity or Inception's weights are missing.
-
-    Raises:
-        UserError: `inception` is given, but holds something else.
-    """
-    done = [job for job in jobs if job["outputs"]]
-    sets, pairs = {}, [("real_A", "real_B")]  # doing nothing: the same in both directions
-    for job in jobs:
-        source, target = job["direction"][0], job["direction"][-1]
-        paths = [job["folder"] / name for name in job["names"]]
-        sets[f"real_{source}"] = Pictures(paths, job["channels"][0])
-        if job in done:
-            paths = list(job["outputs"].values())
-            sets[f"fake_{target}"] = Pictures(paths, job["channels"][1])
-            pairs += [(f"fake_{target}", f"real_{side}") for side in (target, source)]
-    options = {"cuda": device.type == "cuda", "batch_size": 32}
-    options["feature_extractor_weights_path"] = str(inception) if inception else None
-    left_out = "KID and FID are left out:"
-    if min(map(len, sets.values())) < 2:
-        print(f"{left_out} they need at least two pictures of each kind")
-        return {}
-    first = sets[f"fake_{done[0]['direction'][-1]}"]
-    size = load_rgb(first.paths[0], first.channels).shape[1::-1]
-    for pictures in sets.values():
-        pictures.size = size
-    try:
-        nothing, *found = distances(sets, pairs, **options)
-    except ImportError:
-        print(f"{left_out} pip install torch-fidelity")
-        return {}
-    except OSError as error:
-        print(
-            f"{left_out} Inception's weights could not be fetched ({error}); with torch-fidelity's "
-            f"{INCEPTION} at hand: --inception FILE"
+    def distance(one: str, other: str, prefix: str = "") -> dict[str, float]:
+        found = fidelity.calculate_metrics(
+            input1=sets[one],
+            input2=sets[other],
+            input1_cache_name=one,
+            input2_cache_name=other,
+            cache_root=cache,
+            kid=True,
+            fid=True,
+            kid_subset_size=max(2, min(1000, min(len(sets[one]), len(sets[other])) // 2)),
+            feature_extractor_weights_path=str(inception) if inception else None,
+            cuda=device.type == "cuda",
+            batch_size=32,
+            save_cpu_ram=True,  # that is, no loader processes, for which /dev/shm can be short
+            verbose=False,
         )
-        return {}
-    except RuntimeError as error:
-        if not inception or "loading state_dict" not in str(error):
-            raise
-        raise UserError(
-            f"--inception {inception} holds other weights than torch-fidelity's {INCEPTION}"
-        ) from error
+        keys = {"kid": fidelity.KEY_METRIC_KID_MEAN, "kid_std": fidelity.KEY_METRIC_KID_STD}
+        keys["fid"] = fidelity.KEY_METRIC_FID
+        return {prefix + name: found[key] for name, key in keys.items()}
+
     measures = {}
-    for job, to_target, to_source in zip(done, found[::2], found[1::2], strict=True):
-        made = to_target | {f"source_{name}": value for name, value in to_source.items()}
-        n_real = len(sets[f"real_{job['direction'][-1]}"])
-        measures[job["direction"]] = {"n_real": n_real, "translation": made, "nothing": nothing}
+    with tempfile.TemporaryDirectory() as cache:  # the features of each set are computed once
+        for direction in tqdm(directions, "KID and FID", leave=False):
+            fake, real = f"fake_{direction[-1]}", f"real_{direction[-1]}"
+            source = f"real_{direction[0]}"
+            try:
+                found = distance(fake, real) | distance(fake, source, "source_")
+            except RuntimeError as error:
+                if not inception or "loading state_dict" not in str(error):
+                    raise
+                raise UserError(
+                    f"--inception {inception} holds other weights than torch-fidelity's {INCEPTION}"
+                ) from error
+            measures[direction] = {"translation": found, "identity": distance(source, real)}
     return measures
 
 
@@ -250,40 +207,61 @@ def compare_sets(jobs: list[dict], inception: Path | None, device: torch.device)
 # The script
 
 
-def find_outputs(args: argparse.Namespace, options: dict) -> list[dict]:
-    """test.py's jobs, each with the files in `outputs/` that it has made.
-
-    Raises:
-        UserError: there are none.
-    """
-    outputs = args.workdir / "outputs"
-    if not any((outputs / side).is_dir() for side in "AB"):
-        raise UserError(f"there are no translations in {outputs}: run `python test.py` first")
-    wanted = argparse.Namespace(direction=None, input=None, dataroot=args.dataroot)
-    jobs = find_jobs(wanted, options)
+def measure(args: argparse.Namespace, index: dict, device: torch.device, dtype) -> dict:
+    """Return all measures: by direction, then translation, identity, flat or real, then name."""
+    models = args.models or args.workdir / "models"
+    options = tr.read_options(models)
+    root = args.dataroot or (Path(options["dataroot"]) if "dataroot" in options else None)
     channels = {"A": options.get("input_nc", 3), "B": options.get("output_nc", 3)}
-    for job in jobs:
-        source, target = job["direction"][0], job["direction"][-1]
-        job["channels"] = (channels[source], channels[target])
-        suffix = ".png" if channels[target] in (1, 3, 4) else ".npy"
-        paths = [outputs / target / name for name in datasets.output_names(job["names"], suffix)]
-        job["outputs"] = {i: path for i, path in enumerate(paths) if path.exists()}
-    if not any(job["outputs"] for job in jobs):
-        raise UserError(
-            f"the translations in {outputs} are not of {jobs[0]['folder']} or "
-            f"{jobs[1]['folder']}: run `python test.py` first, or name another --dataroot"
+    sets, measures = find_sets(root, index, options, channels), {}
+
+    def add(direction: str, found: dict) -> None:
+        for kind, figures in found.items():
+            if isinstance(figures, dict):
+                figures = measures[direction].get(kind, {}) | figures
+            measures[direction][kind] = figures
+
+    for direction, rows in index.items():
+        source, target = direction[0], direction[-1]
+        measures[direction], flat = {"n": len(rows), "translation": {}, "identity": {}}, None
+        if f"train_{target}" in sets:
+            flat = metrics.flat_colour(sets[f"train_{target}"])
+            picture = torch.from_numpy(flat)[:, None, None].expand_as(sets[f"train_{target}"][0])
+            sets[f"flat_{target}"] = [picture]
+        add(direction, measure_pairs(rows, (channels[source], channels[target]), flat))
+        weights = tr.find_weights(models, f"netG_{target}2{source}", args.last)
+        if weights.exists():
+            back = load_generator(weights, device)
+            add(direction, {"translation": cycle_error(rows, back, device, dtype)})
+        if f"real_{target}" in sets:
+            add(direction, {"n_real": len(sets[f"real_{target}"])} | measure_swd(direction, sets))
+    if not root or args.no_fid:
+        return measures
+    missing = "KID and FID are left out:"
+    if min(len(pictures) for name, pictures in sets.items() if name[:4] in ("fake", "real")) < 2:
+        print(f"{missing} they need at least two pictures of each kind")
+        return measures
+    try:
+        found = measure_inception(list(index), sets, args.inception, device)
+        for direction in found:
+            add(direction, found[direction])
+        print("FID comes out too high for so few pictures, and more so the fewer: compare KID")
+    except ImportError:
+        print(f"{missing} pip install torch-fidelity")
+    except OSError as error:
+        print(
+            f"{missing} Inception's weights could not be fetched ({error}); with torch-fidelity's "
+            f"{INCEPTION} at hand: --inception FILE"
         )
-    return jobs
+    return measures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score what test.py wrote to outputs/.")
-    group = parser.add_argument_group("what")
-    utils.add_workdir(group)
-    group.add_argument("--dataroot", type=Path, help="folder with testA and testB (the run's)")
-    group.add_argument("--models", type=Path, metavar="DIR", help="folder of weights (models/)")
-    group.add_argument("--last", action="store_true", help="the last weights, not their average")
-    group = parser.add_argument_group("how")
+    parser = argparse.ArgumentParser(description="Measure what test.py wrote to outputs/.")
+    group = parser.add_argument_group("input")
+    group.add_argument("--dataroot", type=Path, help="folder of the real pictures (the run's)")
+    tr.add_model_options(parser)
+    group = parser.add_argument_group("metrics")
     group.add_argument("--inception", type=Path, metavar="FILE", help="weights for KID and FID")
     group.add_argument("--no_fid", action="store_true", help="no KID and FID (slow on a CPU)")
     utils.add_device_options(parser)
@@ -291,39 +269,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Measure, print the table, write `result/metrics.json` and the report."""
     device, dtype, _, _ = utils.setup(args)
-    models = args.models or args.workdir / "models"
-    jobs, metrics = find_outputs(args, read_options(models)), {}
+    outputs, index = args.workdir / "outputs", {}
+    for row in tr.read_index(args.workdir):
+        if (outputs / row.output).exists():
+            row = row._replace(output=str(outputs / row.output))
+            index.setdefault(row.direction, []).append(row)
+    if not index:
+        raise UserError(f"there are no translations in {outputs}: run `python test.py` first")
     if args.inception:
         if not args.inception.is_file():
             raise UserError(f"there is no --inception {args.inception}: name the file {INCEPTION}")
         utils.load_tensors(args.inception)  # refuses code, which torch-fidelity would run
     with utils.explain_out_of_memory("end what else uses it, or give --device cpu"):
-        for job in jobs:
-            direction, n, of = job["direction"], len(job["outputs"]), len(job["names"])
-            if n < of:
-                print(f"{direction}: {n} of {of} pictures are translated")
-            if n == 0:
-                continue
-            metrics[direction] = {"n": n, "translation": {}, "nothing": {}} | compare_pairs(job)
-            weights = find_weights(models, f"netG_{direction[::-1]}", args.last)
-            if weights.exists():
-                back = load_generator(weights, device)
-                metrics[direction]["translation"] |= cycle_error(job, back, device, dtype)
-        measures = {} if args.no_fid else compare_sets(jobs, args.inception, device)
-    for direction, found in measures.items():
-        metrics[direction]["n_real"] = found["n_real"]
-        for kind in ("translation", "nothing"):
-            metrics[direction][kind] |= found[kind]
+        measures = measure(args, index, device, dtype)
     path = utils.make_folder(args.workdir / "result") / "metrics.json"
-    utils.save_json(path, metrics)
-    rows = metrics_rows(metrics)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = zip(row[1:], widths[1:], strict=True)
-        print(row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in cells), sep="  ")
-    if measures:
-        print("FID comes out too high for so few pictures, and more so the fewer: compare KID")
+    utils.save_json(path, measures)
+    for table in format_measures(measures).values():
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for name, *cells in table:
+            right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            print(name.ljust(widths[0]), *right, sep="  ")
+        print()
     print(f"report: {write_report(args.workdir)}")
 
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.export import Dim
 
 import utils
+from lib import translation as tr
 from models import load_generator
-from test import find_weights
 from utils import UserError
 
 TOLERANCE = 1e-3  # largest difference from PyTorch that is accepted, of values in [-1, 1]
-TOLERANCE_FP16 = 5e-2  # half floats keep eleven bits, and many layers add their roundings up
+TOLERANCE_FP16 = 5e-2  # float16 has eleven bits, and rounding errors of many layers add up
 
 
 class Half(nn.Module):
@@ -37,7 +37,7 @@ class Half(nn.Module):
 
 
 def to_onnx(net: nn.Module, fp16: bool) -> bytes:
-    """One self-contained ONNX file of a generator, batch, height and width dynamic.
+    """Return a self-contained ONNX file of a generator: batch, height and width are dynamic.
 
     Its metadata: `value_range`, `input_channels`, `output_channels`, `input`, `output`, and
     `multiple`, which H and W must be multiples of.
@@ -45,11 +45,9 @@ def to_onnx(net: nn.Module, fp16: bool) -> bytes:
     import onnx
 
     m = net.multiple
-    n = 2 * smallest(
-        m
-    )  # not `smallest`: a U-Net halves that to 1, which the exporter takes as fixed
+    n = 2 * smallest(m)  # a U-Net halves `smallest` to 1, which the exporter takes as fixed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts, none of them ours to mend
+        warnings.simplefilter("ignore")  # deprecations inside of the exporter
         program = torch.onnx.export(
             Half(net).eval() if fp16 else net,
             (torch.zeros(2, net.input_nc, n, n),),
@@ -69,12 +67,12 @@ def to_onnx(net: nn.Module, fp16: bool) -> bytes:
 
 
 def smallest(multiple: int) -> int:
-    """The smallest height that is worth a check: at least 64."""
+    """Return the smallest multiple that is at least 64: the height of the check."""
     return -(-64 // multiple) * multiple
 
 
 def largest_difference(net: nn.Module, content: bytes) -> float:
-    """How far onnxruntime is from PyTorch at worst, on noise of three sizes; values in [-1, 1]."""
+    """Return how far onnxruntime is from PyTorch at most, on noise of three sizes in [-1, 1]."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -90,7 +88,7 @@ def largest_difference(net: nn.Module, content: bytes) -> float:
 
 
 def export(weights: Path, output: Path, fp16: bool) -> float:
-    """Export one checkpoint; gives the largest difference from PyTorch.
+    """Export one checkpoint; returns the largest difference from PyTorch.
 
     Raises:
         UserError: a package is missing, or it differs by too much; nothing is written then.
@@ -99,7 +97,7 @@ def export(weights: Path, output: Path, fp16: bool) -> float:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"export.py needs {package}: pip install onnx onnxscript onnxruntime")
     content = to_onnx(load_generator(weights), fp16)
-    worst = largest_difference(load_generator(weights), content)  # Half has changed the first one
+    worst = largest_difference(load_generator(weights), content)  # Half changed the first
     allowed = TOLERANCE_FP16 if fp16 else TOLERANCE
     if not worst <= allowed:  # nan is not either
         advice = "leave out --fp16" if fp16 else "another version of torch or onnxruntime may do"
@@ -114,12 +112,9 @@ def export(weights: Path, output: Path, fp16: bool) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export generators to ONNX.")
-    group = parser.add_argument_group("what")
-    utils.add_workdir(group)
-    group.add_argument("--models", type=Path, metavar="DIR", help="folder of weights (models/)")
+    group = tr.add_model_options(parser)
     group.add_argument("--weights", type=Path, metavar="FILE", help="one generator instead")
-    group.add_argument("--last", action="store_true", help="the last weights, not their average")
-    group = parser.add_argument_group("how")
+    group = parser.add_argument_group("output")
     group.add_argument("--fp16", action="store_true", help="half precision inside: half the size")
     group.add_argument("--output", type=Path, metavar="FILE", help="with --weights (beside it)")
     return parser.parse_args(argv)
@@ -137,13 +132,15 @@ def main(args: argparse.Namespace) -> None:
     else:
         models = args.models or args.workdir / "models"
         names = ("netG_A2B", "netG_B2A")
-        jobs = [(find_weights(models, name, args.last), models / (name + ending)) for name in names]
+        jobs = [
+            (tr.find_weights(models, name, args.last), models / (name + ending)) for name in names
+        ]
         jobs = [job for job in jobs if job[0].exists()]  # a run of one direction is fine
         if not jobs:
             raise UserError(f"{models} holds no generator: train first, or name --models")
     for weights, output in jobs:
         worst = export(weights, output, args.fp16)
-        print(f"{weights} -> {output} ({worst:.0e} from PyTorch at worst)")
+        print(f"{weights} -> {output} ({worst:.0e} from PyTorch at most)")
 
 
 if __name__ == "__main__":

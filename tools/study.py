@@ -24,11 +24,14 @@ from utils import UserError
 ROOT = Path(__file__).parent.parent
 # heading, key in result/metrics.json, what a unit of it is, decimals
 MEASURES = (
-    ("error", "error", 1, 3),
+    ("whole", "whole", 1, 3),
+    ("changed", "changed", 1, 3),
+    ("kept", "kept", 1, 1),
     ("RMSE", "rmse", 1, 1),
     ("under 5, %", "under_5", 0.01, 1),
     ("under 10, %", "under_10", 0.01, 1),
-    ("cycle", "cycle", 1, 3),
+    ("cycle", "cycle", 1, 1),
+    ("SWD", "swd", 1, 0),
     ("KID", "kid", 1, 4),
 )
 
@@ -91,12 +94,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def make_row(name: str, found: list[tuple[dict, dict]], done: list[dict]) -> list[str]:
-    """A recipe's measures from pairs (of the translation, of doing nothing), one pair for a run."""
+    """A recipe's measures from pairs (of the translation, of identity), one pair for a run."""
     cells = [name]
     for _, key, unit, digits in MEASURES:
         values = [made.get(key) for made, _ in found]
-        if key == "error" and None not in values:  # "nothing" has the same pixels to judge
-            values = [made[key] / nothing[key] for made, nothing in found]
+        if key == "changed" and None not in values:
+            values = [made[key] / identity[key] for made, identity in found]
         cells.append("" if None in values else spread([v / unit for v in values], digits))
     minutes = f"{statistics.mean(run['minutes'] for run in done):.1f}" if done else ""
     return [*cells, minutes, str(len(done) or "")]
@@ -115,11 +118,11 @@ def make_tables(figures: list[dict]) -> str:
             for name, done in recipes.items():
                 for kind in [kind for kind in ("last", "average") if kind in done[0]]:
                     both = [run[kind][direction] for run in done]
-                    found = [(one["translation"], one["nothing"]) for one in both]
+                    found = [(one["translation"], one["identity"]) for one in both]
                     rows.append(make_row(f"{name}, {kind} weights", found, done))
-            nothing = both[0]["nothing"]
-            if nothing:
-                rows.append(make_row("doing nothing", [(nothing, nothing)], []))
+            for kind, name in (("identity", "identity"), ("flat", "flat colour")):
+                if both[0].get(kind):
+                    rows.append(make_row(name, [(both[0][kind], both[0]["identity"])], []))
             columns = [c for c in zip(*rows, strict=True) if any(c[1:])]  # those with figures
             head, *rest = (f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
             lines += [f"## {data}, {direction}", "", head, "|---" * len(columns) + "|", *rest, ""]
@@ -130,10 +133,11 @@ def make_tables(figures: list[dict]) -> str:
 
 HEAD = """# What each recipe is worth
 
-Mean ± standard deviation over the seeds, on the test split. error: mean absolute error against the
-truth where source and truth differ, over that of doing nothing. RMSE is over 0 to 255. under 5 and
-10: the share of pixels whose largest channel error is below that. cycle: mean absolute difference
-of a picture and its way there and back, in [0, 1]. minutes: of training, by the clock.
+Mean ± standard deviation over the seeds, on the test split. whole: mean absolute error over that of
+identity (the source as it is). changed: the same where source and truth differ by more than 12 of
+255. kept: mean absolute error elsewhere, of 255. RMSE, of 255. under 5 and 10: the share of pixels
+whose largest channel error is below that. cycle: mean absolute difference of a picture and its way
+there and back, of 255. SWD: sliced Wasserstein distance to the targets. minutes: of training.
 
 """
 

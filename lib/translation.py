@@ -1,0 +1,224 @@
+"""What test.py, training and the tools share: find pictures, translate them, write them.
+
+`outputs/index.csv` says which file test.py made from which.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+import datasets
+import utils
+from models import translate
+from utils import UserError
+
+WORKERS = 4  # threads that decode and save while the network computes
+
+# ------------------------------------------------------------------------------------------------
+# A run's weights and pictures
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say which generators to use."""
+    group = parser.add_argument_group("model")
+    utils.add_workdir(group)
+    group.add_argument("--models", type=Path, metavar="DIR", help="folder of weights (models/)")
+    group.add_argument("--last", action="store_true", help="the last weights, not their average")
+    return group
+
+
+def read_options(models: Path) -> dict:
+    """Return the options of a run, from `models/options.json`; empty for weights from elsewhere.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = models / "options.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and give --dataroot") from error
+
+
+def find_weights(models: Path, name: str, last: bool) -> Path:
+    """Return the file of a generator's moving average if there is one, unless `last` is asked."""
+    average = models / f"{name}_ema.pth"
+    return models / f"{name}.pth" if last or not average.exists() else average
+
+
+def swap(letters: str, options: dict) -> str:
+    """Return the folders' letters for a run's, or the reverse: `--direction BtoA` swaps A and B."""
+    swapped = options.get("direction") == "BtoA"
+    return letters.translate(str.maketrans("AB", "BA")) if swapped else letters
+
+
+def domain_names(options: dict) -> dict[str, str]:
+    """Return what A and B are called: a data set named apple2orange tells it."""
+    A, _, B = Path(str(options.get("dataroot", ""))).name.partition("2")
+    names = (A, B) if A.isalpha() and B else ("A", "B")
+    return dict(zip(swap("AB", options), names, strict=True))
+
+
+def find_split(dataroot: Path, split: str, domain: str, options: dict) -> Path:
+    """Return the folder of a run's domain A or B in a split (train, val, test); see datasets."""
+    return datasets.find_split(dataroot, split + swap(domain, options))
+
+
+def find_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
+    """Return the name of each picture in folder `source`, and its truth's in `target` or "".
+
+    Names match but for the ending and a last _A or _B (as in the maps and facades sets).
+    """
+    key = lambda name: re.sub("_[AB]$", "", name.rpartition(".")[0])
+    truths = {key(name): name for name in datasets.list_images(target)}
+    return [(name, truths.get(key(name), "")) for name in datasets.list_images(source)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Translating files
+
+
+def prepare(path: Path, channels: int, options: dict, size: int | None) -> np.ndarray:
+    """Decode a picture at the scale it is to be translated at, (H, W, channels).
+
+    `size` makes the shorter side that long; 0 leaves the picture as it is; None does what training
+    did, without crop and flip (`options` are the run's; without any the picture is left as it is).
+    """
+    picture = datasets.load_image(path, channels)
+    height, width = picture.shape[:2]
+    if size:
+        scale = size / min(height, width)
+        return datasets.resize(picture, (round(width * scale), round(height * scale)))
+    if size is None and options.get("preprocess") == "resize_and_crop":
+        return datasets.resize(picture, (options["size"], options["size"]))
+    if size is None and str(options.get("preprocess")).startswith("scale_width"):
+        width, height = options["load_size"], round(height * options["load_size"] / width)
+        return datasets.resize(picture, (width, max(1, height)))
+    return picture
+
+
+def translate_batch(net, pictures: list[np.ndarray], device, dtype) -> list[np.ndarray]:
+    """Translate pictures of one size: (H, W, input_nc) -> (H, W, output_nc) each."""
+    x = torch.stack([datasets.to_tensor(picture) for picture in pictures]).to(device)
+    x = x.contiguous(memory_format=utils.memory_layout(device))  # (N, input_nc, H, W)
+    fakes = translate(net, x, dtype).cpu()
+    wide = fakes.shape[1] not in (3, 4)  # colours are saved with 8 bits, all else as it came
+    return [datasets.to_array(y, pictures[0].dtype if wide else np.uint8) for y in fakes]
+
+
+def translate_files(
+    net, paths: list[Path], load: Callable, batch_size: int, device, dtype
+) -> Iterator[tuple]:
+    """Yield (index, source, translation) for each path, or (index, reason, None) if unreadable.
+
+    `load` decodes a path. Decoding goes on in threads while the network computes; pictures of one
+    size that follow each other go through it as a batch.
+    """
+
+    def attempt(path: Path) -> np.ndarray | str:
+        try:
+            return load(path)
+        except datasets.UnreadableImage as error:
+            return str(error)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        ahead = pool.map(attempt, paths[:batch_size])
+        for start in range(0, len(paths), batch_size):
+            i, pictures, end = start, list(ahead), start + batch_size
+            ahead = pool.map(attempt, paths[end : end + batch_size])  # while the network computes
+            for shape, group in itertools.groupby(pictures, np.shape):  # () if unreadable
+                batch = list(group)
+                fakes = translate_batch(net, batch, device, dtype) if shape else [None] * len(batch)
+                yield from zip(itertools.count(i), batch, fakes)
+                i += len(batch)
+
+
+def load_truth(path: Path, fake: np.ndarray) -> np.ndarray | None:
+    """Return a ground truth in the size of its translation; None if it cannot be read.
+
+    (Where it is itself a source, that is reported.)
+    """
+    try:
+        return datasets.resize(datasets.load_image(path, fake.shape[2]), fake.shape[1::-1])
+    except datasets.UnreadableImage:
+        return None
+
+
+def file_suffix(channels: int) -> str:
+    """Return the kind of file that holds pictures of so many channels: .png or .npy."""
+    return ".png" if channels in (1, 3, 4) else ".npy"
+
+
+def save_array(path: Path, picture: np.ndarray) -> None:
+    """Save (H, W, C) as PNG (8 bits; 16 too if C is 1) or as .npy, see `file_suffix`."""
+    if file_suffix(picture.shape[2]) == ".png":
+        grey = picture.shape[2] == 1
+        utils.save_picture(path, Image.fromarray(picture[..., 0] if grey else picture))
+    else:
+        with utils.atomic_write(path) as file:
+            np.save(file, picture)
+
+
+def side_by_side(*pictures: np.ndarray) -> Image.Image:
+    """Return (H, W, C) pictures of one height, and any C, as one RGB image."""
+    return Image.fromarray(
+        np.hstack([np.asarray(datasets.to_rgb(picture)) for picture in pictures])
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# outputs/index.csv
+
+
+class Translation(NamedTuple):
+    """A file that test.py wrote, and what it was made from: a row of `outputs/index.csv`."""
+
+    direction: str  # of the generator: A2B or B2A
+    source: str  # path
+    output: str  # path in outputs/
+    truth: str  # path of what the output should look like, where names match; else ""
+
+
+def comparison_name(row: Translation) -> str:
+    """Return the name of a row's comparison picture in `result/` and in `outputs/cycle/`."""
+    stem = row.output.partition("/")[2].rpartition(".")[0]
+    return datasets.shorten(stem.replace("/", "_"), ".png", f"{row.direction}_")
+
+
+def write_index(workdir: Path, rows: list[Translation], directions: list[str]) -> None:
+    """Write the rows of these directions to `outputs/index.csv`; those of the other one stay."""
+    with contextlib.suppress(UserError):  # a damaged index is replaced
+        rows = [row for row in read_index(workdir) if row.direction not in directions] + rows
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([Translation._fields, *rows])
+    with utils.atomic_write(workdir / "outputs" / "index.csv") as file:
+        file.write(os.fsencode(text.getvalue()))
+
+
+def read_index(workdir: Path) -> list[Translation]:
+    """Return the rows of `outputs/index.csv`; none if test.py has not run yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = workdir / "outputs" / "index.csv"
+    try:
+        text = os.fsdecode(path.read_bytes()) if path.exists() else ""
+        return [Translation(*row) for row in csv.reader(io.StringIO(text, newline=""))][1:]
+    except (OSError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): run `python test.py` again") from error
