@@ -21,31 +21,24 @@ from models import load_generator
 from utils import UserError
 
 
-def find_translations(args, direction: str, options: dict, suffix: str) -> list[tr.Translation]:
-    """Return what is to be made in one direction: sources, outputs, and truths where known.
+def find_sources(args, direction: str, options: dict) -> tuple[Path, list[tuple[str, str]]]:
+    """Return the folder of the pictures to translate, and of each the name and its truth or "".
 
     Raises:
         UserError: a folder is missing or holds no picture.
     """
-    if args.input:
-        if not args.input.exists():
-            raise UserError(f"there is no --input {args.input}: name a picture or a folder of them")
-        source = args.input if args.input.is_dir() else args.input.parent
-        names = datasets.list_images(source) if args.input.is_dir() else [args.input.name]
-        pairs = [(name, "") for name in names]
-        if not names:
-            raise UserError(f"--input {args.input} holds no picture")
-    else:
+    if not args.input:
         root = args.dataroot or Path(options.get("dataroot", "dataset/apple2orange"))
         source, target = (tr.find_split(root, "test", direction[i], options) for i in (0, -1))
-        pairs = tr.find_pairs(source, target)
-    outputs = datasets.output_names([name for name, _ in pairs], suffix)
-    rows = []
-    for (name, truth), output in zip(pairs, outputs, strict=True):
-        truth = str((target / truth).absolute()) if truth else ""
-        paths = str((source / name).absolute()), f"{direction[-1]}/{output}", truth
-        rows.append(tr.Translation(direction, *paths))
-    return rows
+        return source, tr.find_pairs(source, target)
+    if not args.input.exists():
+        raise UserError(f"there is no --input {args.input}: name a picture or a folder of them")
+    if args.input.is_file():
+        return args.input.parent, [(args.input.name, "")]
+    pairs = [(name, "") for name in datasets.list_images(args.input)]
+    if not pairs:
+        raise UserError(f"--input {args.input} holds no picture")
+    return args.input, pairs
 
 
 def translate_rows(
@@ -128,16 +121,22 @@ def main(args: argparse.Namespace) -> int:
     directions, code = ["A2B", "B2A"], 0
     if args.direction or args.input or args.weights:
         directions = [tr.swap((args.direction or "A2B").replace("to", "2"), options)]
+    sources = {direction: find_sources(args, direction, options) for direction in directions}
     for name in ("outputs", "outputs/cycle", "result"):
         utils.make_folder(args.workdir / name)
     with utils.explain_out_of_memory("lower --batch_size, or give --size 512 or so"):
-        for direction in directions:
+        for direction, (folder, pairs) in sources.items():
             weights = args.weights or tr.find_weights(models, f"netG_{direction}", args.last)
             weights_back = tr.find_weights(models, f"netG_{direction[::-1]}", args.last)
             net, back = load_generator(weights, device), None
             if weights_back.exists() and not args.weights:
                 back = load_generator(weights_back, device)
-            rows = find_translations(args, direction, options, tr.file_suffix(net.output_nc))
+            suffix, to = tr.file_suffix(net.output_nc), direction[-1]
+            outputs = datasets.output_names([name for name, _ in pairs], suffix)
+            rows = [
+                tr.Translation(direction, str((folder / name).absolute()), f"{to}/{output}", truth)
+                for (name, truth), output in zip(pairs, outputs, strict=True)
+            ]
             done = translate_rows(
                 args, rows[rank::world_size], rows[: args.compare], net, back, options, device,
                 dtype, direction if rank == 0 else None,
@@ -150,8 +149,8 @@ def main(args: argparse.Namespace) -> int:
             if rank == 0:
                 translated = [row for row in rows if row not in failed]
                 tr.write_index(args.workdir, translated, [direction])
-                to = args.workdir / "outputs" / direction[-1]
-                print(f"{direction}: {len(translated)} of {len(rows)} pictures translated to {to}")
+                out = args.workdir / "outputs" / to
+                print(f"{direction}: {len(translated)} of {len(rows)} pictures translated to {out}")
                 print_errors(direction, sum(sums for _, sums in parts))
                 for row, reason in failed.items():
                     line = f"could not be read: {row.source}: {reason}"

@@ -80,12 +80,13 @@ def find_split(dataroot: Path, split: str, domain: str, options: dict) -> Path:
 
 
 def find_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
-    """Return the name of each picture in folder `source`, and its truth's in `target` or "".
+    """Return the name of each picture in folder `source`, and its truth in `target` or "".
 
     Names match but for the ending and a last _A or _B (as in the maps and facades sets).
     """
     key = lambda name: re.sub("_[AB]$", "", name.rpartition(".")[0])
     truths = {key(name): name for name in datasets.list_images(target)}
+    truths = {name: str((target / truth).absolute()) for name, truth in truths.items()}
     return [(name, truths.get(key(name), "")) for name in datasets.list_images(source)]
 
 

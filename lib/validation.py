@@ -23,7 +23,7 @@ def find_pictures(dataroot: Path, options: dict) -> dict[str, list[tuple[Path, P
     for direction in ("A2B", "B2A"):
         source, target = folders[direction[0]], folders[direction[-1]]
         pairs[direction] = [
-            (source / name, target / truth if truth else None)
+            (source / name, Path(truth) if truth else None)
             for name, truth in tr.find_pairs(source, target)
         ]
     return pairs

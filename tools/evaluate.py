@@ -40,10 +40,10 @@ def load_rgb(path: Path | str, channels: int, size: tuple[int, int] | None) -> n
 
 
 class Pictures(Dataset):
-    """The readable pictures of a set, of `size` = (width, height): [i] is (3, H, W), uint8."""
+    """The readable pictures of a set, resized to `size` = (width, height): (3, H, W), uint8."""
 
-    def __init__(self, paths: list, channels: int, size: tuple[int, int]):
-        self.paths, self.channels, self.size = [], channels, size
+    def __init__(self, paths: list, channels: int):
+        self.paths, self.channels, self.size = [], channels, None
         for path in paths:
             with contextlib.suppress(datasets.UnreadableImage):  # test.py has reported it
                 datasets.load_image(Path(path), channels)
@@ -113,8 +113,8 @@ def cycle_error(rows: list, back, device: torch.device, dtype) -> dict[str, floa
 def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> dict:
     """Return the sets fake_A, fake_B and, if there is a `root`, real_A, real_B, train_A, train_B.
 
-    real is the test split; train is every k-th training picture, N_TRAIN at most. All have the size
-    of the first translation.
+    real is the test split; train is every k-th training picture, N_TRAIN at most. Sets of which no
+    picture can be read are left out. All have the size of the first translation.
 
     Raises:
         UserError: `root` has no test split.
@@ -122,8 +122,6 @@ def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> 
     paths = {
         f"fake_{direction[-1]}": [row.output for row in index[direction]] for direction in index
     }
-    name, (first, *_) = next(iter(paths.items()))
-    size = load_rgb(first, channels[name[-1]], None).shape[1::-1]
     for domain in "AB" if root else "":
         folder = tr.find_split(root, "test", domain, options)
         paths[f"real_{domain}"] = [folder / name for name in datasets.list_images(folder)]
@@ -132,7 +130,12 @@ def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> 
             names = datasets.list_images(folder)
             names = names[:: -(-len(names) // N_TRAIN)]
             paths[f"train_{domain}"] = [folder / name for name in names]
-    return {name: Pictures(found, channels[name[-1]], size) for name, found in paths.items()}
+    sets = {name: Pictures(found, channels[name[-1]]) for name, found in paths.items()}
+    sets = {name: pictures for name, pictures in sets.items() if len(pictures)}
+    size = next(iter(sets.values()))[0].shape[2:0:-1]
+    for pictures in sets.values():
+        pictures.size = size
+    return sets
 
 
 def measure_swd(direction: str, sets: dict) -> dict[str, dict[str, float]]:
@@ -148,7 +151,7 @@ def measure_swd(direction: str, sets: dict) -> dict[str, dict[str, float]]:
     return {
         kind: {"swd": metrics.sliced_wasserstein(metrics.sample_patches(sets[name]), real)}
         for kind, name in kinds.items()
-        if len(sets.get(name, ()))
+        if name in sets
     }
 
 
@@ -229,6 +232,8 @@ def measure(args: argparse.Namespace, index: dict, device: torch.device, dtype) 
             picture = torch.from_numpy(flat)[:, None, None].expand_as(sets[f"train_{target}"][0])
             sets[f"flat_{target}"] = [picture]
         add(direction, measure_pairs(rows, (channels[source], channels[target]), flat))
+        if "n_pairs" in measures[direction] and "ssim" not in measures[direction]["translation"]:
+            print("SSIM and PSNR are left out: pip install scikit-image")
         weights = tr.find_weights(models, f"netG_{target}2{source}", args.last)
         if weights.exists():
             back = load_generator(weights, device)
@@ -238,7 +243,8 @@ def measure(args: argparse.Namespace, index: dict, device: torch.device, dtype) 
     if not root or args.no_fid:
         return measures
     missing = "KID and FID are left out:"
-    if min(len(pictures) for name, pictures in sets.items() if name[:4] in ("fake", "real")) < 2:
+    needed = ["real_A", "real_B", *(f"fake_{direction[-1]}" for direction in index)]
+    if min(len(sets.get(name, [])) for name in needed) < 2:
         print(f"{missing} they need at least two pictures of each kind")
         return measures
     try:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import test
 import utils
+from lib import translation
 from models import Generator, init_weights
 from tools import app
 
@@ -187,12 +188,23 @@ def test_several_visitors_at_once(browser, address, run, tmp_path):
         page.close()
 
 
-def test_checkpoints_and_directions_to_choose_from(run):
+def test_checkpoints_directions_and_examples(run, tmp_path):
     assert list(app.find_checkpoints(run / "models")) == ["last", "horse2zebra.pth"]
     fruit = {"dataroot": "dataset/apple2orange"}
-    assert app.find_ways(fruit) == {"apple → orange": "A2B", "orange → apple": "B2A"}
-    assert list(app.find_ways({**fruit, "direction": "BtoA"}))[0] == "orange → apple"
-    assert list(app.find_ways({"dataroot": "dataset/demo"})) == ["A → B", "B → A"]
+    assert translation.domain_names(fruit) == {"A": "apple", "B": "orange"}
+    assert translation.domain_names({**fruit, "direction": "BtoA"})["A"] == "orange"
+    assert translation.domain_names({"dataroot": "dataset/demo"}) == {"A": "A", "B": "B"}
+    options = {"dataroot": str(run / "set"), "direction": "BtoA"}
+    examples = app.find_examples(tmp_path, options)
+    assert examples["A2B"] == [str(run / "set" / "testB" / f"{i}.png") for i in range(2)]
+    (tmp_path / "outputs").mkdir()
+    rows = [
+        translation.Translation("A2B", f"/{name}", "B/x.png", "") for name in ("x.JPG", "y.npy")
+    ]
+    translation.write_index(tmp_path, rows, ["A2B"])
+    of_split = examples["B2A"]
+    assert app.find_examples(tmp_path, options) == {"A2B": ["/x.JPG"], "B2A": of_split}
+    assert app.find_examples(tmp_path / "nowhere", {}) == {"A2B": [], "B2A": []}
 
 
 def test_mistakes_are_explained(run, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lib.translation import Translation, write_index
 from tools import report
 
 SECTIONS = ["Translations of test pictures", "Measures", "Progress", "Losses", "Settings"]
@@ -18,10 +19,11 @@ METRICS = {
     "A2B": {
         "n": 9,
         "n_real": 10,
-        "translation": {"kid": 0.01234, "kid_std": 0.002, "fid": 98.765, "under_5": 0.5},
-        "nothing": {"kid": 0.1, "kid_std": 0.003, "fid": 200},
+        "translation": {"kid": 0.01234, "kid_std": 0.002, "fid": 298.765, "under_5": 0.5},
+        "identity": {"kid": 0.1, "kid_std": 0.003, "fid": 200, "under_5": 0.25},
+        "flat": {"under_5": 0.625},
     },
-    "B2A": {"n": 10, "translation": {"cycle": 0.25}, "nothing": {}},
+    "B2A": {"n": 10, "translation": {"cycle": 25}, "identity": {}},
 }
 
 
@@ -68,9 +70,18 @@ def make_run(folder: Path) -> Path:
         save(folder / f"images/epoch_{epoch:03d}.png", 60 + epoch, 40)
     for direction in ("A2B", "B2A"):
         for i in range(2):
-            save(folder / f"outputs/cycle/{direction}_{i}.png", 30, 10)
             save(folder / f"result/{direction}_{i}.png", 20, 10)
+            save(folder / f"outputs/cycle/{direction}_{i}.png", 30, 10)
+    index(folder, [f"{i}.png" for i in range(3)])  # two of three were compared
     return folder
+
+
+def index(folder: Path, names: list[str], directions=("A2B", "B2A"), truth="") -> None:
+    (folder / "outputs").mkdir(exist_ok=True)
+    rows = [
+        Translation(d, f"/x/{name}", f"{d[-1]}/{name}", truth) for d in directions for name in names
+    ]
+    write_index(folder, rows, list(directions))
 
 
 def test_a_whole_page_that_needs_nothing_else(tmp_path):
@@ -89,8 +100,14 @@ def test_a_whole_page_that_needs_nothing_else(tmp_path):
     workers = page.texts.index("workers")
     assert page.texts[workers + 1] == "0"  # and not "no", which is what False becomes
     assert page.texts[page.texts.index("no_flip") + 1] == "no"
-    cells = ["0.01234 ± 0.00200", "0.10000 ± 0.00300", "98.77", "200.00", "50.0%", "0.2500"]
-    assert [text for text in page.texts if text in cells] == cells[:4] + ["0.2500", "50.0%"]
+    cells = ["50.0%", "25.0%", "62.5%", "0.01234 ± 0.00200", "0.10000 ± 0.00300", "298.77", "25.00"]
+    assert [text for text in page.texts if text in cells] == cells
+    assert page.texts.count("back again") == 4 and "ground truth" not in page.texts
+    # better than both baselines or not: KID is, FID and pixels are not; B2A has no baselines
+    verdicts = [
+        value for name, value in page.attributes if name == "class" and value in ("good", "bad")
+    ]
+    assert verdicts == ["good", "bad", "bad", "good", "bad"]  # the first two explain the colours
 
 
 @pytest.mark.parametrize(
@@ -113,6 +130,7 @@ def test_each_part_has_its_files_or_is_left_out(tmp_path, path, section):
     contents = {"metrics.json": METRICS, "options.json": {"size": 8}}
     if path.suffix == ".png":
         save(path, 12, 4)
+        index(tmp_path, ["x.png"])
     elif path.suffix == ".json":
         write(path, json.dumps(contents[path.name]))
     else:
@@ -129,16 +147,17 @@ def test_everything_shown_is_escaped(tmp_path):
     write(tmp_path / "models/options.json", json.dumps({evil: evil, "dataroot": f"a/{evil}"}))
     write(tmp_path / "logs/losses.csv", f"epoch,iteration,{evil}\n1,2,{evil}\n")
     save(tmp_path / f"outputs/cycle/A2B_{name}.png", 30, 10)
+    index(tmp_path, [f"{name}.png"])
     page = Page(report.write_report(tmp_path))
     assert not {"script", "b"} & set(page.tags)
     assert "onload" not in dict(page.attributes)
     assert page.texts.count(evil) == 4  # option and its value, head and cell of the log
-    assert name[:-1] + "?" in page.texts
-    assert ("alt", name[:-1] + "?") in page.attributes
+    assert name[:-1] + "?.png" in page.texts
+    assert ("alt", name[:-1] + "?.png") in page.attributes
     assert len(page.pictures) == 1
 
 
-def test_the_page_stays_small_and_shows_the_newest_run(tmp_path):
+def test_the_page_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (512, 1536, 3), np.uint8)  # nothing compresses worse
     large, strip = io.BytesIO(), io.BytesIO()
@@ -152,26 +171,37 @@ def test_the_page_stays_small_and_shows_the_newest_run(tmp_path):
         for i in range(12):
             path = tmp_path / f"outputs/cycle/{direction}_{i:02d}.png"
             path.write_bytes(strip.getvalue())
-    old = tmp_path / "outputs/cycle/A2B_00.png"
-    os.utime(old, (old.stat().st_mtime - 3600,) * 2)
+    index(tmp_path, [f"{i:02d}.png" for i in range(12)], truth="/x/y.png")
     path = report.write_report(tmp_path)
     assert path.stat().st_size < 5e6
     page = Page(path)
     assert len(page.pictures) == 8 + 8 + 3
     assert max(picture.width for picture in page.pictures) == report.WIDEST
-    names = [text for text in page.texts if text.isdigit()]
-    assert names == [f"{i:02d}" for i in [*range(1, 9), *range(8)]]
+    names = [text for text in page.texts if text.endswith(".png")]
+    assert names == 2 * [f"{i:02d}.png" for i in range(8)]  # the first by name, not the best
+    assert page.texts.count("ground truth") == 16
 
 
-def test_metrics_as_rows_of_words():
-    assert report.metrics_rows({}) == report.metrics_rows({"A2B": 3}) == []
-    rows = report.metrics_rows(METRICS)
-    assert rows[:2] == [
-        ["", "A2B", "nothing", "B2A", "nothing", "better"],
-        ["translations", "9", "", "10", "", ""],
+def test_it_shows_the_newest_comparison(tmp_path):
+    """One generator alone, after a run with both, leaves older strips in outputs/cycle/."""
+    make_run(tmp_path)
+    for path in (tmp_path / "outputs/cycle").iterdir():
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    page = Page(report.write_report(tmp_path))
+    assert [picture.size for picture in page.pictures[:4]] == [(20, 10)] * 4
+    assert "back again" not in page.texts
+
+
+def test_metrics_as_tables():
+    assert report.format_measures({}) == report.format_measures({"A2B": 3}) == {}
+    tables = report.format_measures(METRICS)
+    assert tables["A2B"] == [
+        ["A2B", "ours", "identity", "flat colour", "better"],
+        ["translations", "9", "", "", ""],
+        ["real targets", "10", "", "", ""],
+        ["pixels off by less than 5", "50.0%", "25.0%", "62.5%", "higher"],
+        ["KID to the target set", "0.01234 ± 0.00200", "0.10000 ± 0.00300", "", "lower"],
+        ["FID to the target set", "298.77", "200.00", "", "lower"],
     ]
-    assert ["real pictures", "10", "", "-", "", ""] in rows
-    assert ["cycle error", "", "", "0.2500", "", "lower"] in rows
-    assert {len(row) for row in rows} == {6}
-    kid = next(row for row in rows if row[0].startswith("KID"))
-    assert kid[1:] == ["0.01234 ± 0.00200", "0.10000 ± 0.00300", "", "", "lower"]
+    assert [row[1].verdict for row in tables["A2B"][3:]] == ["bad", "good", "bad"]
+    assert tables["B2A"][-1] == ["cycle error, of 255", "25.00", "lower"]

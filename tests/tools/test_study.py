@@ -16,9 +16,10 @@ def figures(recipe: str, errors: list[float], minutes: float = 3.0) -> dict:
     run["minutes"] = minutes
     for kind, factor in (("last", 1), ("average", 0.5)):
         run[kind] = {}
-        for way, error, nothing in zip(("A2B", "B2A"), errors, (0.2, 0.4), strict=True):
-            made = {"error": factor * error, "rmse": 20.0, "under_5": 0.25, "under_10": 0.5}
-            run[kind][way] = {"translation": made, "nothing": {"error": nothing, "rmse": 50.0}}
+        for way, error, identity in zip(("A2B", "B2A"), errors, (0.2, 0.4), strict=True):
+            made = {"changed": factor * error, "rmse": 20.0, "under_5": 0.25, "under_10": 0.5}
+            run[kind][way] = {"translation": made, "identity": {"changed": identity, "rmse": 50.0}}
+            run[kind][way]["flat"] = {"changed": 0.3, "rmse": 40.0}
     return run
 
 
@@ -29,12 +30,13 @@ def test_table():
     lines = study.make_tables(done).splitlines()
     deviation = statistics.stdev([0.5, 0.7])
     both = lines[lines.index("## demo, A2B") :]
-    assert both[2] == "| recipe | error | RMSE | under 5, % | under 10, % | minutes | seeds |"
+    assert both[2] == "| recipe | changed | RMSE | under 5, % | under 10, % | minutes | seeds |"
     rest = "20.0 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 | 3.5 | 2 |"
     assert both[4] == f"| plain, last weights | 0.600 ± {deviation:.3f} | {rest}"
     assert both[5] == f"| plain, average weights | 0.300 ± {deviation / 2:.3f} | {rest}"
     assert both[6] == "| other, last weights | 0.500 | 20.0 | 25.0 | 50.0 | 3.0 | 1 |"
-    assert both[7] == "| doing nothing | 1.000 | 50.0 |  |  |  |  |"
+    assert both[7] == "| identity | 1.000 | 50.0 |  |  |  |  |"
+    assert both[8] == "| flat colour | 1.500 | 40.0 |  |  |  |  |"
     back = lines[lines.index("## demo, B2A") :]
     assert back[4] == f"| plain, last weights | 0.250 ± 0.000 | {rest}"
     assert "- plain: `python train.py plain`" in lines
@@ -45,11 +47,11 @@ def test_table_of_unpaired_pictures():
     run = figures("plain", [0.1, 0.1])
     for way in ("A2B", "B2A"):
         for kind in ("last", "average"):
-            run[kind][way] = {"translation": {"cycle": 0.05}, "nothing": {}}
+            run[kind][way] = {"translation": {"cycle": 12.5}, "identity": {}}
     table = study.make_tables([run])
     assert "| recipe | cycle | minutes | seeds |" in table
-    assert "| plain, last weights | 0.050 | 3.0 | 1 |" in table
-    assert "doing nothing" not in table
+    assert "| plain, last weights | 12.5 | 3.0 | 1 |" in table
+    assert "| identity |" not in table
 
 
 def test_runs_and_goes_on(tmp_path, monkeypatch):
@@ -63,7 +65,7 @@ def test_runs_and_goes_on(tmp_path, monkeypatch):
     assert "| one, last weights | " in table and "| one, average weights | " in table
 
     figures = json.loads((tmp_path / "runs" / "one_0" / "figures.json").read_text())
-    last, average = (figures[kind]["A2B"]["translation"]["error"] for kind in ("last", "average"))
+    last, average = (figures[kind]["A2B"]["translation"]["changed"] for kind in ("last", "average"))
     assert last != average
 
     def refuse(*args, **settings):
