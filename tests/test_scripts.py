@@ -62,7 +62,7 @@ def test_train_then_test(fruit, tmp_path):
     )  # fmt: skip
     line = (
         r"\[Epoch 2/2\] \[Batch 4/4\] \[D loss: \d\.\d{6}\] \[G loss: \d+\.\d{6}, adv: \d\.\d{6}, "
-        r"cycle: \d\.\d{6}, identity: \d\.\d{6}\] \[lr: 0\.000200\] ETA: 0:00:00"
+        r"cycle: \d\.\d{6}, identity: \d\.\d{6}\] \[lr: 0\.000050\] ETA: 0:00:00"
     )
     assert re.search(line, said), said
     assert re.search(r"\d\.\d% of the time waiting for data", said)
