@@ -1,7 +1,6 @@
 """The objective and the step, number by number, against plain calculations written out here."""
 
 import copy
-import random
 
 import numpy as np
 import pytest
@@ -10,9 +9,11 @@ import torch
 
 import datasets
 import train
+from lib import validation
 from lib.logger import Logger, read_csv
+from tools.bench import Plain
 from train import CycleGAN, gan_loss
-from utils import ReplayBuffer, lr_factor
+from utils import ReplayBuffer, UserError, lr_factor
 
 CPU = torch.device("cpu")
 
@@ -81,41 +82,33 @@ def test_score_map_is_not_averaged_first():
     assert gan_loss(score, True, "lsgan").item() == 1.0
 
 
-def test_a_step_is_the_plain_step():
-    """Three steps: the same new weights as separate passes, separate plain Adams, to 1e-5."""
-    model = double(CycleGAN(tiny("--ema", "0"), CPU))
-    plain = copy.deepcopy(model)
-    generators = [*plain.netG_A2B.parameters(), *plain.netG_B2A.parameters()]
-    adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
-    opt_G = torch.optim.Adam(generators, **adam)
-    opt_D_A = torch.optim.Adam(plain.netD_A.parameters(), **adam)
-    opt_D_B = torch.optim.Adam(plain.netD_B.parameters(), **adam)
-    for i in range(3):  # buffers of 50 are not yet full: they give back what they get
-        A, B = (x.roll(i, 3) for x in pictures(dtype=torch.float64))
-        losses = model.step([(A, B)])
-        opt_G.zero_grad()
-        wanted = plain_generator_losses(plain, A, B)
-        fake_A, fake_B = plain.netG_B2A(B).detach(), plain.netG_A2B(A).detach()
-        wanted["G"].backward()
-        opt_G.step()
-        D = 0
-        for net, opt, real, fake in (
-            (plain.netD_A, opt_D_A, A, fake_A),
-            (plain.netD_B, opt_D_B, B, fake_B),
-        ):
-            opt.zero_grad()
-            scores = net(real), net(fake)
-            loss = ((scores[0] - 1).square().mean() + scores[1].square().mean()) / 2
-            loss.backward()
-            opt.step()
-            D += loss.item() / 2
-        assert losses["G"].item() == pytest.approx(wanted["G"].item(), rel=1e-4)
-        assert losses["D"].item() == pytest.approx(D, rel=1e-4)
+def plain_like(model: CycleGAN) -> Plain:
+    """The plain reference with copies of the model's networks, and buffers of the same seeds."""
+    plain, args = Plain(model.args, CPU), model.args
     for name, net in model.networks().items():
-        for p, q in zip(net.parameters(), plain.networks()[name].parameters(), strict=True):
+        setattr(plain, name, copy.deepcopy(net))
+    adam = lambda params: torch.optim.Adam(params, args.lr, (args.beta1, 0.999))
+    plain.optimizer_G = adam([*plain.netG_A2B.parameters(), *plain.netG_B2A.parameters()])
+    plain.optimizer_D_A = adam(plain.netD_A.parameters())
+    plain.optimizer_D_B = adam(plain.netD_B.parameters())
+    plain.buffer_A = ReplayBuffer(args.pool_size, 2 * args.seed)
+    plain.buffer_B = ReplayBuffer(args.pool_size, 2 * args.seed + 1)
+    return plain
+
+
+def test_a_step_is_the_plain_step():
+    """Five steps, buffers of one: the losses and weights of separate passes and plain Adams."""
+    model = double(CycleGAN(tiny("--ema", "0", "--pool_size", "1"), CPU))
+    plain, before = plain_like(model), copy.deepcopy(model.netG_A2B)
+    for i in range(5):
+        A, B = (x.roll(i, 3) for x in pictures(1, torch.float64))
+        losses = model.step([(A, B)])
+        for name, value in plain.step(A, B).items():
+            assert losses[name].item() == pytest.approx(value, rel=1e-6), (i, name)
+    for name, net in model.networks().items():
+        for p, q in zip(net.parameters(), vars(plain)[name].parameters(), strict=True):
             assert (p - q).abs().max() < 1e-5, name
-    fresh = CycleGAN(tiny(), CPU)
-    moved = (fresh.netG_A2B.model[1].weight - model.netG_A2B.model[1].weight).abs().max()
+    moved = (before.model[1].weight - model.netG_A2B.model[1].weight).abs().max()
     assert moved > 1e-4  # the comparison above is not one of untouched weights
 
 
@@ -332,90 +325,110 @@ def test_presets_give_way_to_what_is_typed():
 
 
 def test_a_run_is_the_plain_loop(dataroot, tmp_path):
-    """Two epochs of train.py end with the weights of a loop written out here.
+    """Two epochs of train.py end with the weights and the log of a loop written out here.
 
-    Order, crops, flips, buffers, the schedule and the averages, all in plain words; five pictures
-    of A, four of B, batches of two.
+    Order, crops, flips, the schedule and the averages, in plain words; five pictures of A, four of
+    B, batches of two, so that the last of an epoch is filled from its start.
     """
-    options = "--n_epochs 2 --decay_epoch 1 --batch_size 2 --pool_size 3 --ema 0.9 --seed 4"
-    assert tiny_runs.run(dataroot, tmp_path, f"{options} --id_every 2") == 0
+    words = "--n_epochs 2 --decay_epoch 1 --batch_size 2 --pool_size 3 --ema 0.9 --seed 4"
+    words += " --log_every 2"
+    assert tiny_runs.run(dataroot, tmp_path, words) == 0
 
-    args = train.parse_args(tiny_runs.words(dataroot, tmp_path, f"{options} --id_every 2"))
-    plain = CycleGAN(args, CPU)  # only its networks and first weights are used
-    G_A2B, G_B2A, D_A, D_B = plain.networks().values()
-    adam = {"lr": 2e-4, "betas": (0.5, 0.999), "fused": True}
-    opt_G = torch.optim.Adam([*G_A2B.parameters(), *G_B2A.parameters()], **adam)
-    opt_D = torch.optim.Adam([*D_A.parameters(), *D_B.parameters()], **adam)
-    average = copy.deepcopy(G_A2B)
-    pool = {"A": [], "B": []}
-    chance = {"A": random.Random(2 * 4), "B": random.Random(2 * 4 + 1)}
+    fresh = CycleGAN(train.parse_args(tiny_runs.words(dataroot, tmp_path, words)), CPU)
+    plain = plain_like(fresh)
+    average = copy.deepcopy(plain.netG_A2B)
 
-    def load(letter: str, i: int) -> np.ndarray:
+    def load(letter: str, i: int, rng) -> torch.Tensor:
         picture = datasets.load_image(dataroot / f"train{letter}" / f"{i}.png")
-        return datasets.resize(picture, (26, 26))
-
-    def crop(picture: np.ndarray, rng) -> torch.Tensor:
+        picture = datasets.resize(picture, (26, 26))
         y, x, flip = rng.random(3)
         top, left = int(y * 3), int(x * 3)  # 26 - 24 + 1 places
         window = picture[top : top + 24, left : left + 24]
         window = window[:, ::-1] if flip < 0.5 else window
         return torch.from_numpy(window / 127.5 - 1).float().permute(2, 0, 1)
 
-    def old_or_new(letter: str, fakes: torch.Tensor) -> torch.Tensor:
-        result = []
-        for fake in fakes.detach():
-            if len(pool[letter]) < 3:
-                pool[letter].append(fake)
-            elif chance[letter].random() < 0.5:
-                i = chance[letter].randrange(3)
-                fake, pool[letter][i] = pool[letter][i], fake
-            result.append(fake)
-        return torch.stack(result)
-
-    t = 0
+    steps = []
     for epoch in range(2):
         order = np.random.default_rng((4, epoch)).permutation(5)
-        for step in range(3):  # the last batch is filled from the start
-            A, B = [], []
+        for step in range(3):
+            pairs = []
             for index in (2 * step, 2 * step + 1):
                 rng = np.random.default_rng((4, epoch, index))
                 j = int(rng.integers(4))
-                A.append(crop(load("A", order[index % 5]), rng))
-                B.append(crop(load("B", j), rng))
-            A, B = torch.stack(A), torch.stack(B)
-            for group in (*opt_G.param_groups, *opt_D.param_groups):
-                group["lr"] = 2e-4 * (1 if epoch == 0 else 1 - step / 3)
-            fake_B, fake_A = G_A2B(A), G_B2A(B)
-            adv = ((D_A(fake_A) - 1) ** 2).mean() / 2 + ((D_B(fake_B) - 1) ** 2).mean() / 2
-            cycle = (G_B2A(fake_B) - A).abs().mean() / 2 + (G_A2B(fake_A) - B).abs().mean() / 2
-            loss = adv + 10 * cycle
-            if t % 2 == 0:
-                identity = (G_B2A(A) - A).abs().mean() / 2 + (G_A2B(B) - B).abs().mean() / 2
-                loss = loss + 2 * 5 * identity
-            opt_G.zero_grad()
-            loss.backward()
-            opt_G.step()
-            old_A, old_B = old_or_new("A", fake_A), old_or_new("B", fake_B)
-            opt_D.zero_grad()
-            loss = ((D_A(A) - 1) ** 2).mean() / 2 + (D_A(old_A) ** 2).mean() / 2
-            loss = loss + ((D_B(B) - 1) ** 2).mean() / 2 + (D_B(old_B) ** 2).mean() / 2
-            loss.backward()
-            opt_D.step()
-            decay = min(0.9, (1 + t) / (10 + t))
+                pairs.append((load("A", order[index % 5], rng), load("B", j, rng)))
+            for optimizer in (plain.optimizer_G, plain.optimizer_D_A, plain.optimizer_D_B):
+                optimizer.param_groups[0]["lr"] = 2e-4 * (1 if epoch == 0 else 1 - step / 3)
+            decay = min(0.9, (1 + len(steps)) / (10 + len(steps)))
+            steps.append(plain.step(*map(torch.stack, zip(*pairs, strict=True))))
             with torch.no_grad():
-                for mean, p in zip(average.parameters(), G_A2B.parameters(), strict=True):
+                for mean, p in zip(average.parameters(), plain.netG_A2B.parameters(), strict=True):
                     mean.lerp_(p, 1 - decay)
-            t += 1
-    fresh = CycleGAN(args, CPU)
     first = {**fresh.networks(), "netG_A2B_ema": fresh.netG_A2B}
-    for name, net in {**plain.networks(), "netG_A2B_ema": average}.items():
+    for name, net in first.items():
+        wanted = average if name == "netG_A2B_ema" else vars(plain)[name]
         saved = torch.load(tmp_path / "models" / f"{name}.pth", weights_only=True)
         apart, moved = 0, 0  # biases before an instance norm have no gradient but noise
-        for key, value in net.state_dict().items():
+        for key, value in wanted.state_dict().items():
             if key.endswith("weight"):
                 apart += (saved[key] - value).square().sum()
-                moved += (first[name].state_dict()[key] - value).square().sum()
+                moved += (net.state_dict()[key] - value).square().sum()
         assert (apart / moved).sqrt() < 1e-4, name
+    log = read_csv(tmp_path / "logs" / "losses.csv")
+    assert log["iteration"] == [2, 3, 4, 6]  # the rows are means since the one before
+    for name in steps[0]:
+        losses = [losses[name] for losses in steps]
+        means = [sum(losses[:2]) / 2, losses[2], losses[3], sum(losses[4:]) / 2]
+        assert log[name] == pytest.approx(means, rel=1e-3), name
+
+
+def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
+    """Scores 3, 1, 2: models/best has the averages of epoch 2; training goes on as training."""
+    scores, averages, training = iter([3.0, 1.0, 2.0]), [], []
+
+    def measure(nets, *more):
+        averages.append({name: copy.deepcopy(net.state_dict()) for name, net in nets.items()})
+        return {"cycle_A2B": 0.5}, next(scores)
+
+    def step(model, batches, plain_step=CycleGAN.step):
+        training.append(all(net.training for net in model.networks().values()))
+        return plain_step(model, batches)
+
+    monkeypatch.setattr(validation, "measure", measure)
+    monkeypatch.setattr(CycleGAN, "step", step)
+    assert tiny_runs.run(dataroot, tmp_path, "--eval_every 1 --sample_every 1 --ema 0.9") == 0
+    for name, state in averages[1].items():
+        best = torch.load(tmp_path / "models" / "best" / f"{name}.pth", weights_only=True)
+        assert all(torch.equal(best[key], value) for key, value in state.items())
+        for other in (f"{name}.pth", f"{name}_ema.pth"):  # the last weights, the last averages
+            last = torch.load(tmp_path / "models" / other, weights_only=True)
+            assert not all(torch.equal(best[key], value) for key, value in last.items())
+    assert tiny_runs.read_state(tmp_path)["best"] == 1.0
+    assert len(training) == 15 and all(training)
+    log = read_csv(tmp_path / "logs" / "metrics.csv")
+    assert log == {"epoch": [1, 2, 3], "iteration": [5, 10, 15], "cycle_A2B": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--beta1 2", "--beta1 is 2.0, but must be at least 0 and below 1"),
+        ("--ema -0.1", "--ema is -0.1, but must be at least 0 and below 1"),
+        ("--lambda_cyc -1", "--lambda_cyc is -1.0, but must be at least 0"),
+        ("--lambda_A -1", "--lambda_A is -1"),
+        ("--lambda_B -1", "--lambda_B is -1"),
+        ("--lambda_id -1", "--lambda_id is -1"),
+        ("--lr nan", "--lr is nan"),
+        ("--lr inf", "--lr is inf"),
+        ("--n_residual_blocks 0", "--n_residual_blocks is 0, but must be at least 1"),
+        ("--save_minutes -1", "--save_minutes is -1"),
+        ("--lr_policy step --decay_epoch -1", "--decay_epoch is -1"),
+        ("--accumulate 0", "--accumulate is 0, but must be at least 1"),
+    ],
+)
+def test_options_out_of_range(words, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        train.main(train.parse_args([*words.split(), "--workdir", str(tmp_path)]))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_collapse_is_said(dataroot, tmp_path, capsys):

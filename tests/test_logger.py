@@ -1,0 +1,58 @@
+"""What a run shows is what it did: sample grids, TensorBoard."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import datasets
+import train
+from lib import logger
+
+
+def test_sample_grid_is_of_the_named_generators(dataroot, tmp_path):
+    """Columns x, G(x), G(G(x)) each way, in eval mode; the networks are then as they were."""
+    args = train.parse_args(tiny.words(dataroot, tmp_path, "--dropout --ema 0"))
+    model = train.CycleGAN(args, torch.device("cpu"))
+    A, B = torch.rand(2, 3, 3, 24, 24) * 2 - 1
+    columns = logger.generate_samples(model, A, B)
+    assert model.netG_A2B.training and model.netG_B2A.training
+    A2B, B2A = model.netG_A2B.eval(), model.netG_B2A.eval()
+    with torch.no_grad():
+        expected = (A, A2B(A), B2A(A2B(A)), B, B2A(B), A2B(B2A(B)))
+    for name, column, wanted in zip(logger.TITLES, columns, expected, strict=True):
+        assert torch.allclose(column, wanted, atol=1e-6), name
+
+    image, side = np.asarray(logger.draw_grid(columns)), 144  # 24 pixels, six times as large
+    assert image.shape == (16 + 3 * (side + 4) + 4, 6 * (side + 4) + 4, 3)
+    for row in range(3):
+        for column in range(6):
+            top, left = 16 + 4 + row * (side + 4), 4 + column * (side + 4)
+            cell = image[top : top + side : 6, left : left + side : 6]
+            assert (cell == datasets.to_array(columns[column][row])).all(), (row, column)
+
+
+def test_samples_are_of_the_averages_where_there_are_any(dataroot, tmp_path):
+    args = train.parse_args(tiny.words(dataroot, tmp_path))
+    model = train.CycleGAN(args, torch.device("cpu"))
+    torch.nn.init.zeros_(model.averages["netG_A2B"].model[-2].weight)  # whose output is then 0
+    A, B = torch.rand(2, 1, 3, 24, 24)
+    columns = dict(zip(logger.TITLES, logger.generate_samples(model, A, B), strict=True))
+    assert not columns["fake B"].any() and columns["fake A"].any()
+
+
+def test_tensorboard_has_the_rows_of_the_csv(dataroot, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = tiny.words(dataroot, tmp_path, "--n_epochs 1 --log_every 2")
+    assert train.main(train.parse_args([w for w in words if w != "--no_tensorboard"])) == 0
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    log = logger.read_csv(tmp_path / "logs" / "losses.csv")
+    assert log["iteration"] == [2, 4, 5]
+    for name in (*train.LOSSES, "lr"):
+        scalars = events.Scalars(f"losses/{name}")
+        assert [scalar.step for scalar in scalars] == log["iteration"]
+        assert [scalar.value for scalar in scalars] == pytest.approx(log[name], rel=1e-5)
+    assert [image.step for image in events.Images("samples")] == [5]
