@@ -70,7 +70,8 @@ def outcome(workdir: Path) -> dict:
     result = plain(state)
     for path in sorted((workdir / "models").glob("net*.pth")):
         result |= plain(torch.load(path, weights_only=True), path.name)
-    rows = (workdir / "logs" / "losses.csv").read_text().splitlines()
+    log = workdir / "logs" / "losses.csv"  # not there yet when a run saves its first state
+    rows = log.read_text().splitlines() if log.exists() else []
     return result | {f"row {i}": row.rpartition(",")[0] for i, row in enumerate(rows)}
 
 
