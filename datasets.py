@@ -4,6 +4,7 @@ A picture is an array (H, W, C), uint8, or uint16 where a single-channel domain 
 tensor is (C, H, W).
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -17,26 +18,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from tqdm import tqdm
 
+from lib import formats
+from lib.formats import UnreadableImage
 from utils import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".npy")
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # whatever the extension says
+EXTENSIONS = formats.PICTURES + formats.UNITS
 LONGEST_NAME = 255  # bytes; the limit of common file systems
 
 # ------------------------------------------------------------------------------------------------
 # Finding pictures
 
 
-def list_images(folder: Path) -> list[str]:
-    """Names of all pictures below `folder`, relative, with "/", sorted; no file is opened.
+def list_images(folder: Path, suffixes: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Names of all pictures and volumes below `folder`, relative, with "/", sorted.
 
-    Links are followed; a folder that is reached twice is listed once. Raises UserError if a folder
-    cannot be read.
+    No file is opened, but for those without a suffix, to see whether they are DICOM. Links are
+    followed; a folder that is reached twice is listed once. Raises UserError if a folder cannot be
+    read.
     """
 
     def refuse(error: OSError) -> None:
@@ -51,7 +54,12 @@ def list_images(folder: Path) -> list[str]:
         visited.add(here)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = f"{Path(root).relative_to(folder).as_posix()}/".removeprefix("./")
-        names += [prefix + name for name in files if name.lower().endswith(EXTENSIONS)]
+        names += [
+            prefix + name
+            for name in files
+            if name.lower().endswith(suffixes)
+            or (not os.path.splitext(name)[1][1:].isalpha() and formats.is_dicom(Path(root, name)))
+        ]
     return sorted(names)
 
 
@@ -74,16 +82,18 @@ def find_split(dataroot: Path, split: str) -> Path:
     )
 
 
-def output_names(names: list[str], suffix: str = ".png") -> list[str]:
+def output_names(names: list[str], suffixes: list[str] | None = None) -> list[str]:
     """One output name for each source name, all different even where letter case is ignored.
 
-    "a.jpg" becomes "a.png"; if "a.png" is there too, that becomes "a_png.png". Names too long for
-    the file system are cut and end in a hash.
+    "a.jpg" becomes "a.png" (or has another suffix, one for each name in `suffixes`); if "a.png" is
+    there too, that becomes "a_png.png". Names too long for the file system are cut and end in a
+    hash.
     """
+    suffixes = suffixes or [".png"] * len(names)
     taken: set[str] = set()
     outputs = []
-    for name in names:
-        stem, extension = os.path.splitext(name)
+    for name, suffix in zip(names, suffixes, strict=True):
+        stem, extension = formats.split_suffix(name)
         candidate, number = stem, 1
         while (output := shorten(candidate, suffix)).lower() in taken:
             candidate = f"{stem}_{extension[1:]}" + (f"_{number}" if number > 1 else "")
@@ -108,75 +118,42 @@ def shorten(stem: str, suffix: str, prefix: str = "") -> str:
 # One picture
 
 
-class UnreadableImage(Exception):
-    """A file that is not a usable picture; the message says why."""
+def load_image(
+    path: Path,
+    channels: int = 3,
+    limits: tuple[float, float] | None = None,
+    index: int | None = None,
+    axis: int = -1,
+) -> np.ndarray:
+    """One picture of a file, (H, W, channels): as stored if uint8 or uint16, else in [-1, 1].
 
+    `limits` are the values that become -1 and 1, the whole range of an integer type if None.
+    `index` is the slice of a volume (across `axis`) or frame, None the one in the middle. Files are
+    converted to `channels` as lib/formats.py says.
 
-def load_image(path: Path, channels: int = 3) -> np.ndarray:
-    """Decode one file to (H, W, channels), uint8, or uint16 if `channels` is 1 and the file is.
-
-    EXIF orientation is applied, alpha is composited over white; grey, palette, CMYK and 16-bit
-    files are converted to `channels`: 1 grey, 3 RGB, 4 RGBA. Any other number of channels is read
-    from .npy files of shape (H, W, channels), uint8 or uint16. Raises UnreadableImage if the file
-    is damaged, too large (Pillow's limit), of floating-point values, or not a picture at all.
+    Raises:
+        UnreadableImage: damaged, too large, of other channels, floats and no `limits`, or not a
+            picture at all.
+        UserError: the library that reads it is missing.
     """
-    try:
-        if path.is_fifo():  # opening it would block for ever
-            raise ValueError("it is a named pipe")
-        if str(path).lower().endswith(".npy"):
-            return check_array(np.load(path, allow_pickle=False, mmap_mode="r"), channels)
-        with Image.open(path, formats=FORMATS) as image:  # other formats, as EPS, start programs
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is over Pillow's size limit")
-            ImageOps.exif_transpose(image, in_place=True)
-            return convert(image, channels)
-    except Exception as error:  # decoders raise some twenty kinds of errors on corrupt files
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        reason = reason.replace(f" {str(path)!r}", "").replace("\n", " ")
-        raise UnreadableImage(reason or type(error).__name__) from error
-
-
-def check_array(picture: np.ndarray, channels: int) -> np.ndarray:
-    """A copy of an array from a file; ValueError if it is no picture of that many channels."""
-    picture = picture[..., None] if picture.ndim == 2 else picture
-    if picture.ndim != 3 or picture.shape[2] != channels or not picture.size:
-        raise ValueError(f"its shape is {picture.shape}, not (H, W, {channels})")
-    if picture.size // channels > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"its shape {picture.shape} is over Pillow's size limit")
-    if picture.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"it holds {picture.dtype}, not uint8 or uint16")
-    if picture.dtype == np.uint16 and channels in (3, 4):  # as from any other file in colour
-        return (picture >> 8).astype(np.uint8)
-    return np.array(picture, picture.dtype.newbyteorder("="))
-
-
-def convert(image: Image.Image, channels: int) -> np.ndarray:
-    """The pixels (H, W, channels) of an open image; ValueError if they cannot be had."""
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise ValueError(f"only .npy files can have {channels} channels")
-    if image.mode == "F":
-        raise ValueError("it holds floating-point values: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 or 32 bits of grey
-        grey = np.asarray(image)  # (H, W)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"its values, {grey.min()} to {grey.max()}, do not fit 16 bits")
-        if channels == 1:
-            return grey.astype(np.uint16)[..., None]
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
-    if image.has_transparency_data and channels != 4:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.atleast_3d(np.array(image.convert(modes[channels])))
+    source = formats.read(path, channels, axis)
+    picture = source[len(source) // 2 if index is None else index]
+    if not (limits or source.limits):
+        raise UnreadableImage("it holds floats: say their range with --range_A or --range_B")
+    return formats.to_unit(picture, limits or source.limits)
 
 
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W, C) to `size` = (width, height): bicubic, antialiased, same dtype."""
+    """Resize (H, W, C) to `size` = (width, height): bicubic, antialiased; same dtype.
+
+    uint8, uint16, or floats in [-1, 1].
+    """
+    pixels = picture.astype(np.float32) if picture.dtype == np.uint16 else picture
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    resized = F.resize(pixels, size[::-1], InterpolationMode.BICUBIC).permute(1, 2, 0).numpy()
     if picture.dtype == np.uint16:  # torchvision clamps uint8 only
-        resized = resize(picture.astype(np.float32), size)
         return resized.clip(0, 65535).round().astype(np.uint16)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)
-    return F.resize(pixels, size[::-1], InterpolationMode.BICUBIC).permute(1, 2, 0).numpy()
+    return resized if picture.dtype == np.uint8 else resized.clip(-1, 1)
 
 
 def target_size(width: int, height: int, options) -> tuple[int, int]:
@@ -208,16 +185,23 @@ def to_tensor(picture: np.ndarray) -> torch.Tensor:
 
 
 def to_array(tensor: torch.Tensor, dtype: type = np.uint8) -> np.ndarray:
-    """(C, H, W) in [-1, 1] -> (H, W, C) uint8 or uint16, rounded to the nearest."""
+    """(C, H, W) in [-1, 1] -> (H, W, C) uint8 or uint16, rounded to the nearest; or floats."""
+    if np.dtype(dtype).kind == "f":
+        return tensor.detach().float().cpu().permute(1, 2, 0).numpy()
     most = np.iinfo(dtype).max
     values = (tensor.detach().float().cpu().permute(1, 2, 0).numpy() + 1) * (most / 2)
     return values.round().clip(0, most).astype(dtype)
 
 
 def to_rgb(picture: np.ndarray) -> Image.Image:
-    """An 8-bit RGB image to show of any (H, W, C): grey if C < 3, else its first three channels."""
+    """An 8-bit RGB image to show of any (H, W, C): grey if C < 3, else its first three channels.
+
+    uint8, uint16, or floats in [-1, 1].
+    """
     if picture.dtype == np.uint16:
         picture = (picture >> 8).astype(np.uint8)
+    if picture.dtype.kind == "f":
+        picture = ((picture + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     channels = [0, 0, 0] if picture.shape[2] < 3 else [0, 1, 2]
     return Image.fromarray(np.ascontiguousarray(picture[..., channels]))
 
@@ -243,38 +227,69 @@ def report_skipped(log: Path, picture: Path, reason: str) -> None:
 class Domain:
     """The pictures of one domain, decoded and resized when asked for, or all at once by `cache`.
 
-    In place of an unreadable picture, which is reported, comes the next readable one. Raises
-    UserError if there is no folder, no picture, or none that can be read.
+    The slices of a volume are pictures of their own. In place of an unreadable picture, which is
+    reported, comes the next readable one. `limits` are the values that become -1 and 1; None: the
+    whole range of an integer type, as for 8 bits. Raises UserError if there is no folder, no
+    picture, or none that can be read.
     """
 
-    def __init__(self, dataroot: Path, split: str, channels: int, options, skip_log: Path):
+    def __init__(
+        self,
+        dataroot: Path,
+        split: str,
+        channels: int,
+        options,
+        skip_log: Path,
+        axis: int = -1,
+        limits: tuple[float, float] | None = None,
+    ):
         self.folder = find_split(dataroot, split)
         self.names = list_images(self.folder)
+        counts = [formats.count(self.folder / name, axis) for name in self.names]
+        self.ends = np.cumsum(counts)  # of each file's pictures, so that a slice is found by number
         self.channels, self.options, self.skip_log = channels, options, skip_log
+        self.axis = axis
+        self.limits = limits or self.find_limits()
         self.cached: list[torch.Tensor | None] = []
         self.first = self[0]  # raises at the start if no picture can be read
 
     def __len__(self) -> int:
-        return len(self.names)
+        return int(self.ends[-1])
 
     def __getitem__(self, i: int) -> torch.Tensor:
         for j in range(i, i + len(self)):
             picture = self.cached[j % len(self)] if self.cached else self.read(j % len(self))
             if picture is not None:
-                return picture  # (C, h, w), uint8 or uint16
+                return picture  # (C, h, w), uint8, uint16, or float32 in [-1, 1]
         names = f"{len(self)} pictures in {self.folder}"
         raise UserError(f"not one of the {names} can be read: see {self.skip_log}")
 
     def read(self, i: int) -> torch.Tensor | None:
-        path = self.folder / self.names[i]
+        file = int(np.searchsorted(self.ends, i, "right"))
+        path = self.folder / self.names[file]
+        index = i - int(self.ends[file])  # from the file's last picture
         try:
-            picture = load_image(path, self.channels)
+            picture = load_image(path, self.channels, self.limits, index, self.axis)
         except UnreadableImage as error:
             report_skipped(self.skip_log, path, str(error))
             return None
         height, width = picture.shape[:2]
         picture = resize(picture, target_size(width, height, self.options))
         return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+
+    def find_limits(self) -> tuple[float, float] | None:
+        """The range of the first file that has units; None for plain pictures.
+
+        Raises UserError if that file holds floats, which have none.
+        """
+        for name in self.names:
+            if not name.lower().endswith(formats.PICTURES):
+                with contextlib.suppress(UnreadableImage):
+                    source = formats.read(self.folder / name, self.channels, self.axis)
+                    if source.limits is None:
+                        raise formats.ask_for_range(self.folder / name)
+                    return source.limits if source.geometry else None
+        return None
 
     def cache(self) -> None:
         """Decode every picture now, in threads; from then on only memory is read."""

@@ -443,7 +443,10 @@ class OnnxGenerator:
         if len(shapes) != 2 or any(len(s) != 4 or not isinstance(s[1], int) for s in shapes):
             raise UserError(f"{path} does not turn pictures into pictures: export.py's files do")
         self.input_nc, self.output_nc = shapes[0][1], shapes[1][1]
-        self.multiple = int(self.session.get_modelmeta().custom_metadata_map.get("multiple", 4))
+        known = self.session.get_modelmeta().custom_metadata_map
+        self.multiple = int(known.get("multiple", 4))
+        ranges = (known.get(name, "").split() for name in ("input_range", "output_range"))
+        self.ranges = tuple(tuple(map(float, ends)) or None for ends in ranges)  # see test.py
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         (result,) = self.session.run(None, {self.session.get_inputs()[0].name: x.cpu().numpy()})

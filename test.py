@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import metrics
+from lib import formats, metrics, stacks
 from lib import translation as tr
 from models import load_generator
 from utils import UserError
@@ -35,7 +35,8 @@ def find_sources(args, direction: str, options: dict) -> tuple[Path, list[tuple[
         raise UserError(f"there is no --input {args.input}: name a picture or a folder of them")
     if args.input.is_file():
         return args.input.parent, [(args.input.name, "")]
-    pairs = [(name, "") for name in datasets.list_images(args.input)]
+    names = datasets.list_images(args.input, datasets.EXTENSIONS + formats.FILMS)
+    pairs = [(name, "") for name in names]
     if not pairs:
         raise UserError(f"--input {args.input} holds no picture")
     return args.input, pairs
@@ -103,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--size", type=int, help=size_help)
     group.add_argument("--batch_size", type=int, default=0, help="pictures at once (8 on a GPU)")
     group.add_argument("--compare", type=int, default=8, help="comparison pictures in result/ (8)")
+    stacks.add_options(parser)
     group = tr.add_model_options(parser)
     group.add_argument("--weights", type=Path, metavar="FILE", help="one generator: .pth or .onnx")
     utils.add_device_options(parser)
@@ -113,11 +115,13 @@ def main(args: argparse.Namespace) -> int:
     """Translate; returns 1 if some pictures could not be read, else 0."""
     if args.size is not None and args.size < 0:
         raise UserError(f"--size is {args.size}, but must not be negative")
+    stacks.check_options(args)
     device, dtype, rank, world_size = utils.setup(args)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
         raise UserError(f"there is no folder {models}: train first, or name --models or --weights")
     options = tr.read_options(args.weights.parent if args.weights else models)
+    options |= {name: vars(args)[name] for name in stacks.KEPT if vars(args)[name] is not None}
     directions, code = ["A2B", "B2A"], 0
     if args.direction or args.input or args.weights:
         directions = [tr.swap((args.direction or "A2B").replace("to", "2"), options)]
@@ -131,16 +135,23 @@ def main(args: argparse.Namespace) -> int:
             net, back = load_generator(weights, device), None
             if weights_back.exists() and not args.weights:
                 back = load_generator(weights_back, device)
-            suffix, to = tr.file_suffix(net.output_nc), direction[-1]
-            outputs = datasets.output_names([name for name, _ in pairs], suffix)
+            ranges, to = tr.find_ranges(options, direction, net), direction[-1]
+            names, kind = [name for name, _ in pairs], (net.output_nc, any(ranges))
+            suffixes = [formats.output_suffix(folder / name, *kind) for name in names]
+            outputs = datasets.output_names(names, suffixes)
             rows = [
                 tr.Translation(direction, str((folder / name).absolute()), f"{to}/{output}", truth)
                 for (name, truth), output in zip(pairs, outputs, strict=True)
             ]
+            in_units = [r for r in rows if any(ranges) or r.output.endswith(formats.STACKED)]
+            plain = rows if not in_units else [row for row in rows if row not in set(in_units)]
+            compared, bar = rows[: args.compare], direction if rank == 0 else None
             done = translate_rows(
-                args, rows[rank::world_size], rows[: args.compare], net, back, options, device,
-                dtype, direction if rank == 0 else None,
-            )  # fmt: skip
+                args, plain[rank::world_size], compared, net, back, options, device, dtype, bar
+            )
+            mine = stacks.group_rows(in_units)[rank::world_size]
+            common = net, ranges, options, device, dtype, bar, weights.name
+            done[0].update(stacks.translate_stacks(args, mine, compared, *common))
             parts = [done] * world_size
             if world_size > 1:
                 dist.all_gather_object(parts, done)

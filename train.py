@@ -246,8 +246,11 @@ class CycleGAN:
 def load_data(args) -> datasets.UnpairedImages:
     """The training set, in memory if it fits."""
     skip_log, (first, second) = args.workdir / "logs" / "skipped.txt", args.direction.split("to")
-    A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, args, skip_log)
-    B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, args, skip_log)
+    common = args, skip_log, args.axis
+    A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, *common, args.range_A)
+    B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, *common, args.range_B)
+    for name, domain in (("range_A", A), ("range_B", B)):  # by which test.py returns to units
+        args.options[name] = vars(args)[name] = domain.limits and list(domain.limits)
     share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = A.cache_bytes() + B.cache_bytes() < share
     if args.cache == "on" or (args.cache == "auto" and fits):
@@ -376,7 +379,8 @@ CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0, "keep_source"
 
 # what a resume cannot change, because the saved weights would not fit or would mean something else
 FIXED = ("netG", "n_residual_blocks", "ngf", "upsample", "norm", "dropout", "netD", "n_layers_D")
-FIXED += ("ndf", "input_nc", "output_nc", "direction", "keep_source")
+FIXED += ("ndf", "input_nc", "output_nc", "direction", "keep_source", "range_A", "range_B")
+FIXED += ("axis",)
 
 RANGES = {  # low <= value < high
     "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
@@ -453,6 +457,10 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--direction", "AtoB", "BtoA swaps the two folders", choices=["AtoB", "BtoA"])
     add(g, "--input_nc", 3, "channels of A: 1 grey (8 or 16 bits), 3 RGB, n from .npy files")
     add(g, "--output_nc", 3, "channels of B")
+    units = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
+    add(g, "--range_A", None, "values of A that become -1 and 1 (those of the type)", **units)
+    add(g, "--range_B", None, "values of B", **units)
+    add(g, "--axis", -1, "of volumes, across the slices", choices=[-1, 0, 1, 2])
     add(g, "--cache", "auto", "decoded pictures in memory", choices=["auto", "on", "off"])
     workers = min(4, os.cpu_count() or 1)
     add(g, "--workers --n_cpu", workers, "processes that decode what is not in memory")
@@ -520,6 +528,10 @@ def check_options(args: argparse.Namespace) -> None:
             args.lr_policy != "linear" or args.decay_epoch < args.n_epochs,
             f"--decay_epoch {args.decay_epoch} is not before the end: choose one from 0 to "
             f"{args.n_epochs - 1} (--n_epochs is {args.n_epochs})",
+        ),
+        *(
+            (limits is None or limits[0] < limits[1], f"--{name} {limits}: LO must be below HI")
+            for name, limits in (("range_A", args.range_A), ("range_B", args.range_B))
         ),
         (
             not args.preprocess.endswith("_and_crop") or args.size <= args.load_size,

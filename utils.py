@@ -34,7 +34,9 @@ class UserError(Exception):
 
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Run a script's `main(args)` and exit with its code; a UserError is one line and code 2."""
-    warnings.filterwarnings("ignore", module="PIL")  # unreadable pictures have messages of ours
+    warnings.filterwarnings(
+        "ignore", module="PIL|pydicom|rasterio"
+    )  # unreadable pictures have messages of ours
     try:
         code = main(args)
         if dist.is_initialized():

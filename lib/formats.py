@@ -1,4 +1,4 @@
-"""Files that hold more than an 8-bit picture: NIfTI and DICOM volumes, GeoTIFF rasters, films.
+"""The kinds of files: pictures, NIfTI and DICOM volumes, GeoTIFF rasters, films.
 
 `read(paths)` gives the pictures of a file one at a time, in the file's own units and with its
 geometry; `write(paths, source, pictures, ...)` puts translated pictures where the source lies.
@@ -7,28 +7,33 @@ where it is used: nibabel, pydicom, rasterio, PyAV.
 """
 
 import contextlib
+import functools
 import gzip
 import importlib
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import UserError, atomic_write
 
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+UNITS = (".npy", ".tif", ".tiff", ".nii", ".nii.gz", ".dcm")  # what may hold more than grey levels
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+PILLOW = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # whatever the extension says
 GZIP_RATIO = 1032  # deflate cannot do better: what a compressed header may promise at most
 PREAMBLE = 128  # bytes before the letters DICM
 
 
 class UnreadableImage(Exception):
-    """A file that holds no picture that can be used; the message says why."""
+    """A file that is not a usable picture; the message says why."""
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Pictures:
     limits: tuple[float, float] | None = None
     slope: float = 1.0
     intercept: float = 0.0
-    geometry: dict = field(default_factory=dict)  # what the format's writer copies
+    geometry: dict = field(default_factory=dict)  # what the writer copies; a plain picture has none
 
     def __len__(self) -> int:
         return self.count
@@ -105,7 +110,56 @@ def integer_limits(dtype: np.dtype, slope: float, intercept: float) -> tuple[flo
 
 
 # ------------------------------------------------------------------------------------------------
-# Values to numbers that a file stores
+# Values: of a file, of a network, as stored
+
+
+def to_unit(picture: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Values in `limits` (low, high) to float32 in [-1, 1], clipped; NaN to -1.
+
+    Of uint8 and uint16 with their whole range, which is what datasets.to_float expects, nothing is
+    changed.
+    """
+    low, high = limits
+    if picture.dtype in (np.uint8, np.uint16) and (low, high) == (0, np.iinfo(picture.dtype).max):
+        return picture
+    values = (picture.astype(np.float32) - low) * (2 / (high - low)) - 1
+    return np.nan_to_num(values.clip(-1, 1), nan=-1.0)
+
+
+def from_unit(values: np.ndarray, limits: tuple[float, float], source: np.ndarray) -> np.ndarray:
+    """Values in [-1, 1] to those in `limits`; NaN where the picture `source` has no data."""
+    low, high = limits
+    values = low + (values + 1) * ((high - low) / 2)
+    if source.dtype.kind == "f":
+        missing = np.isnan(source)
+        same = source.shape == values.shape
+        values = np.where(missing if same else missing.all(2, keepdims=True), np.nan, values)
+    return values  # (H, W, C)
+
+
+def ask_for_range(path: Path) -> UserError:
+    """The error for floats of unknown range: what values the files beside `path` hold.
+
+    It is from 64 of their pictures.
+    """
+    paths = [p for p in sorted(path.parent.iterdir()) if suffix_of(p) == suffix_of(path)]
+    values = []
+    for sample in paths[:: -(-len(paths) // 16)]:
+        with contextlib.suppress(UnreadableImage):
+            source = read(sample)
+            for i in range(0, len(source), -(-len(source) // 4)):
+                picture = source[i].ravel()
+                picture = picture[np.isfinite(picture)]
+                if picture.size:
+                    ends = [picture.min(), picture.max()]
+                    values.append(np.concatenate([ends, picture[:: -(-picture.size // 10_000)]]))
+    values = np.concatenate(values or [np.zeros(1)])
+    low, high = np.percentile(values, (0.5, 99.5))
+    return UserError(
+        f"{path} holds floats: say with --range_A LO HI, or --range_B for domain B, which of them "
+        f"become black and white (in {path.parent}: minimum {values.min():.4g}, maximum "
+        f"{values.max():.4g}, percentiles 0.5 and 99.5: {low:.4g} and {high:.4g})"
+    )
 
 
 def pick_type(
@@ -135,7 +189,7 @@ def to_stored(
     """Values in units as a file stores them: rounded and clipped for integers, NaN as `nodata`."""
     missing = np.isnan(picture)
     if dtype.kind not in "iu":
-        return picture.astype(dtype) if nodata is None else np.where(missing, nodata, picture)
+        return np.where(missing, np.nan if nodata is None else nodata, picture).astype(dtype)
     info = np.iinfo(dtype)
     values = np.rint((np.where(missing, 0, picture).astype(np.float64) - intercept) / slope)
     values = np.clip(values, info.min, info.max)
@@ -146,14 +200,99 @@ def to_stored(
 
 
 # ------------------------------------------------------------------------------------------------
+# Pictures of 8 bits, 16 bits of grey, and .npy arrays
+
+
+def read_picture(paths: list[Path], channels: int, axis: int) -> Pictures:
+    """A file of one picture, decoded at once; see `decode_picture`."""
+    picture = decode_picture(paths[0], channels or 3)
+    limits = integer_limits(picture.dtype, 1.0, 0.0)
+    return Pictures(paths, 1, picture.dtype, lambda i: picture, limits)
+
+
+def decode_picture(path: Path, channels: int) -> np.ndarray:
+    """(H, W, channels), uint8, or uint16 if `channels` is 1 and the file is: 1 grey, 3 RGB, 4 RGBA.
+
+    EXIF orientation is applied, alpha composited over white; grey, palette, CMYK and 16-bit files
+    are converted. Any other number of channels is read from .npy files of shape (H, W, channels):
+    uint8, uint16, or floats, as float32.
+    """
+    if path.suffix.lower() == ".npy":
+        return check_array(np.load(path, allow_pickle=False, mmap_mode="r"), channels)
+    with Image.open(path, formats=PILLOW) as image:  # other formats, as EPS, start programs
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is over Pillow's size limit")
+        ImageOps.exif_transpose(image, in_place=True)
+        return convert(image, channels)
+
+
+def check_array(picture: np.ndarray, channels: int) -> np.ndarray:
+    """A copy of an array from a file; ValueError if it is no picture of that many channels."""
+    picture = picture[..., None] if picture.ndim == 2 else picture
+    if picture.ndim != 3 or picture.shape[2] != channels or not picture.size:
+        raise ValueError(f"its shape is {picture.shape}, not (H, W, {channels})")
+    if picture.size // channels > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"its shape {picture.shape} is over Pillow's size limit")
+    if picture.dtype.kind == "f":
+        return np.array(picture, np.float32)
+    if picture.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"it holds {picture.dtype}, not uint8, uint16 or floats")
+    if picture.dtype == np.uint16 and channels in (3, 4):  # as from any other file in colour
+        return (picture >> 8).astype(np.uint8)
+    return np.array(picture, picture.dtype.newbyteorder("="))
+
+
+def convert(image: Image.Image, channels: int) -> np.ndarray:
+    """The pixels (H, W, channels) of an open image; ValueError if they cannot be had."""
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ValueError(f"only .npy files can have {channels} channels")
+    if image.mode == "F":
+        raise ValueError("it holds floating-point values: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 or 32 bits of grey
+        grey = np.asarray(image)  # (H, W)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"its values, {grey.min()} to {grey.max()}, do not fit 16 bits")
+        if channels == 1:
+            return grey.astype(np.uint16)[..., None]
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    if image.has_transparency_data and channels != 4:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.atleast_3d(np.array(image.convert(modes[channels])))
+
+
+def write_picture(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
+    """A PNG (8 bits, or 16 of grey) or .npy file of the values."""
+    (picture,) = pictures
+    dtype, _, _ = pick_type(source, limits)
+    stored = to_stored(picture, dtype, 1.0, 0.0, None)
+    with atomic_write(paths[0]) as file:
+        if paths[0].suffix.lower() == ".npy":
+            np.save(file, stored)
+        elif dtype == np.uint8 or (dtype == np.uint16 and stored.shape[2] == 1):
+            Image.fromarray(stored[..., 0] if stored.shape[2] == 1 else stored).save(file, "png")
+        else:
+            raise UserError(
+                f"{paths[0]} cannot hold values from {limits[0]:g} to {limits[1]:g}: save the "
+                "sources as .tif or .npy"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
 # NIfTI
+
+
+@functools.lru_cache(maxsize=64)
+def open_nifti(path: Path, changed: int):
+    """The image of a file without its data, with what is known about places in its gzip stream."""
+    return need("nibabel", "NIfTI").load(path)
 
 
 def read_nifti(paths: list[Path], channels: int, axis: int) -> Pictures:
     """The slices of a volume across `axis`; of a fourth dimension, the channels."""
-    nibabel = need("nibabel", "NIfTI")
     (path,) = paths
-    image = nibabel.load(path)
+    image = open_nifti(path, path.stat().st_mtime_ns)
     dtype, shape = image.get_data_dtype(), (*image.shape, 1)[: max(3, len(image.shape))]
     if dtype.kind not in "iuf" or len(image.shape) < 2:
         raise UnreadableImage(f"it holds {dtype} of shape {image.shape}, not a volume of numbers")
@@ -211,8 +350,8 @@ HEADER = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient"
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file that has no suffix of letters begins as DICOM files do."""
-    if path.suffix[1:].isalpha():
+    """Whether a file is called .dcm, or has no suffix of letters and begins as DICOM files do."""
+    if path.suffix[1:].isalpha() or not path.is_file():  # a pipe would be waited for
         return path.suffix.lower() == ".dcm"
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
@@ -225,7 +364,7 @@ def group_series(paths: list[Path]) -> list[list[Path]]:
     for path in paths:
         key, place = path, ()
         if is_dicom(path):
-            with contextlib.suppress(UnreadableImage), decoding(path):  # told when it is read
+            with contextlib.suppress(UnreadableImage), decoding(path):  # `read` reports it
                 header = read_header(path, specific_tags=list(HEADER))
                 key = path.parent, str(header.get("SeriesInstanceUID", path))
                 place = slice_position(header)
@@ -296,7 +435,7 @@ def rescale(header) -> tuple[float, float]:
 
 
 def decode_dicom(path: Path, header, frame: int) -> np.ndarray:
-    """(H, W, C) in units; padding is NaN, MONOCHROME1 (white is low) turned."""
+    """(H, W, C) in units; padding is NaN, MONOCHROME1 (low is white) inverted."""
     pixels = need("pydicom.pixels", "DICOM").pixel_array(path, index=frame)
     pixels = pixels.reshape(header.Rows, header.Columns, -1)
     if pixels.shape[2] > 1:
@@ -314,10 +453,16 @@ def decode_dicom(path: Path, header, frame: int) -> np.ndarray:
 
 def write_dicom(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
     """A derived series: the source's patient, study and geometry, new UIDs; one file a source."""
-    for path, origin, header in zip(paths, source.paths, source.geometry["headers"], strict=True):
-        frames = [next(pictures) for _ in range(int(header.get("NumberOfFrames") or 1))]
-        with atomic_write(path) as file:
-            derive(origin, np.stack(frames), limits, note).save_as(file, enforce_file_format=True)
+    try:
+        for path, old, header in zip(paths, source.paths, source.geometry["headers"], strict=True):
+            frames = [next(pictures) for _ in range(int(header.get("NumberOfFrames") or 1))]
+            dataset = derive(old, np.stack(frames), limits, note)
+            with atomic_write(path) as file:
+                dataset.save_as(file, enforce_file_format=True)
+    except UnreadableImage:
+        for path in paths:  # no half of a series
+            path.unlink(missing_ok=True)
+        raise
 
 
 def derive(origin: Path, frames: np.ndarray, limits, note: str):
@@ -380,10 +525,23 @@ def derive(origin: Path, frames: np.ndarray, limits, note: str):
 GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
 
 
-def read_raster(paths: list[Path], channels: int, axis: int) -> Pictures:
-    """All bands of a TIFF as one picture."""
-    rasterio = need("rasterio", "GeoTIFF")
+def is_raster(path: Path) -> bool:
+    """Whether a TIFF has coordinates, floats, or bands that are no colours."""
+    coordinates = {33550, 33922, 34264, 34735, 42113}  # tags of GeoTIFF, and of a nodata value
+    try:
+        with Image.open(path, formats=["TIFF"]) as image:
+            return image.mode == "F" or bool(coordinates & set(image.tag_v2))
+    except UnidentifiedImageError:  # of many bands, or damaged
+        with open(path, "rb") as file:
+            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def read_tiff(paths: list[Path], channels: int, axis: int) -> Pictures:
+    """A plain picture where that is all that it is, else all bands as one picture."""
     (path,) = paths
+    if not is_raster(path):
+        return read_picture(paths, channels, axis)
+    rasterio = need("rasterio", "GeoTIFF")
     with open_raster(rasterio, path) as raster:
         dtype = np.dtype(raster.dtypes[0])
         if len(set(raster.dtypes)) > 1 or dtype.kind not in "iuf":
@@ -392,21 +550,22 @@ def read_raster(paths: list[Path], channels: int, axis: int) -> Pictures:
         rows, columns = raster.block_shapes[0]
         if rows * columns > Image.MAX_IMAGE_PIXELS:
             raise UnreadableImage(f"it is stored in strips of {columns}x{rows} pixels: too large")
+        nodata = raster.nodatavals
+        geometry = {"crs": raster.crs, "transform": raster.transform, "nodata": raster.nodata}
+        geometry |= {"gcps": raster.gcps, "tags": raster.tags(), "names": raster.descriptions}
+        geometry |= {"colours": raster.colorinterp}
+        geometry["band_tags"] = [raster.tags(i + 1) for i in range(raster.count)]
 
-    def get(i: int, window=None) -> np.ndarray:
+    def get(i: int) -> np.ndarray:
         with open_raster(rasterio, path) as raster:
-            bands = raster.read(window=window)  # (C, H, W)
-            nodata = raster.nodatavals
-        picture = np.moveaxis(bands, 0, 2)
-        if dtype.kind == "f" or all(value is None for value in nodata):
-            missing = np.zeros(1, bool)
-        if any(value is not None for value in nodata):
-            missing = picture == np.array([np.nan if v is None else v for v in nodata])
-        if not missing.any():
+            picture = np.moveaxis(raster.read(), 0, 2)  # (H, W, C)
+        if all(value is None for value in nodata):
             return picture
-        return np.where(missing, np.nan, picture.astype(np.float32))
+        missing = picture == np.array([np.nan if v is None else v for v in nodata])
+        return np.where(missing, np.nan, picture.astype(np.float32)) if missing.any() else picture
 
-    return Pictures(paths, 1, dtype, get, integer_limits(dtype, 1.0, 0.0))
+    limits = integer_limits(dtype, 1.0, 0.0)
+    return Pictures(paths, 1, dtype, get, limits, geometry=geometry)
 
 
 @contextlib.contextmanager
@@ -415,24 +574,21 @@ def open_raster(rasterio, path: Path) -> Iterator:
         yield raster
 
 
-def write_raster(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
+def write_tiff(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
     """A TIFF with the source's CRS, transform, tags and nodata value."""
     rasterio = need("rasterio", "GeoTIFF")
     (picture,) = pictures
     dtype, _, _ = pick_type(source, limits)
     height, width, channels = picture.shape
-    with open_raster(rasterio, source.paths[0]) as raster:
-        nodata = raster.nodata
-        if nodata is not None and dtype.kind in "iu":
-            info = np.iinfo(dtype)
-            nodata = nodata if info.min <= nodata <= info.max else float(info.min)
-        profile = {"driver": "GTiff", "height": height, "width": width, "count": channels}
-        profile |= {"dtype": dtype.name, "nodata": nodata, "crs": raster.crs}
-        profile |= {"compress": "deflate", "tiled": height >= 512, "bigtiff": "if_safer"}
-        profile["transform"] = raster.transform
-        gcps, gcps_crs = raster.gcps
-        tags, band_tags = raster.tags(), [raster.tags(i + 1) for i in range(raster.count)]
-        names, colours = raster.descriptions, raster.colorinterp
+    geometry = source.geometry
+    nodata, (gcps, gcps_crs) = geometry["nodata"], geometry["gcps"]
+    if nodata is not None and dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        nodata = nodata if info.min <= nodata <= info.max else float(info.min)
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": channels}
+    profile |= {"dtype": dtype.name, "nodata": nodata, "tiled": height >= 512}
+    profile |= {"compress": "deflate", "bigtiff": "if_safer"}
+    profile |= {"crs": geometry["crs"], "transform": geometry["transform"]}
     stored = to_stored(picture, dtype, 1.0, 0.0, nodata)
     with (
         atomic_write(paths[0]) as file,
@@ -440,12 +596,12 @@ def write_raster(paths, source: Pictures, pictures: Iterator, limits, note: str)
         rasterio.open(file.name, "w", **profile) as raster,
     ):
         raster.write(np.ascontiguousarray(np.moveaxis(stored, 2, 0)))
-        raster.update_tags(**tags | {"TIFFTAG_SOFTWARE": note})
+        raster.update_tags(**geometry["tags"] | {"TIFFTAG_SOFTWARE": note})
         if gcps:
             raster.gcps = gcps, gcps_crs
-        if channels == len(band_tags):
-            raster.descriptions, raster.colorinterp = names, colours
-            for i, band in enumerate(band_tags):
+        if channels == len(geometry["band_tags"]):
+            raster.descriptions, raster.colorinterp = geometry["names"], geometry["colours"]
+            for i, band in enumerate(geometry["band_tags"]):
                 raster.update_tags(i + 1, **band)
 
 
@@ -499,7 +655,9 @@ def read_film(paths: list[Path], channels: int, axis: int) -> Pictures:
     with open_film(path) as (_, stream):
         film = Film(paths, stream.frames, np.dtype(np.uint8), None, (0.0, 255.0))
         film.time_base = stream.time_base
+        film.get = lambda i: next(itertools.islice(film, i, None))
         film.geometry = {"rate": stream.average_rate or stream.guessed_rate}
+        film.geometry["aspect"] = stream.codec_context.sample_aspect_ratio
     return film
 
 
@@ -519,11 +677,14 @@ def write_film(paths, source: Film, pictures: Iterator, limits, note: str) -> No
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "18"}
         stream.codec_context.time_base = source.time_base
+        if source.geometry["aspect"]:
+            stream.codec_context.sample_aspect_ratio = source.geometry["aspect"]  # of a pixel
         target.metadata["comment"] = note
         packets = copy_sound(target, sound)
         waiting = next(packets, None)  # adds the track, before the first frame is written
         for k, picture in enumerate(itertools.chain([first], pictures)):
             pixels = to_stored(picture, np.dtype(np.uint8), 1.0, 0.0, None)
+            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
             edge = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)]
             frame = av.VideoFrame.from_ndarray(np.pad(pixels, edge, "edge"), format="rgb24")
             frame.pts, frame.time_base = source.times[k], source.time_base
@@ -538,7 +699,7 @@ def write_film(paths, source: Film, pictures: Iterator, limits, note: str) -> No
 
 
 def copy_sound(target, source) -> Iterator[tuple[float, object]]:
-    """(seconds, packets) of the first sound track; as AAC where mp4 players know it not."""
+    """(seconds, packets) of the first sound track; as AAC if mp4 players may not know it."""
     if not source.streams.audio:
         return
     track = source.streams.audio[0]
@@ -558,10 +719,14 @@ def copy_sound(target, source) -> Iterator[tuple[float, object]]:
 # ------------------------------------------------------------------------------------------------
 # The table
 
-READERS = {".nii": read_nifti, ".nii.gz": read_nifti, ".dcm": read_dicom}
-READERS |= {".tif": read_raster, ".tiff": read_raster, **dict.fromkeys(FILMS, read_film)}
-WRITERS = {".nii": write_nifti, ".nii.gz": write_nifti, ".dcm": write_dicom}
-WRITERS |= {".tif": write_raster, ".tiff": write_raster, ".mp4": write_film}
+READERS = {".nii": read_nifti, ".nii.gz": read_nifti, ".dcm": read_dicom, ".tif": read_tiff}
+READERS |= {".tiff": read_tiff, ".npy": read_picture, **dict.fromkeys(PICTURES, read_picture)}
+READERS |= dict.fromkeys(FILMS, read_film)
+WRITERS = {".nii": write_nifti, ".nii.gz": write_nifti, ".dcm": write_dicom, ".mp4": write_film}
+WRITERS |= {".tif": write_tiff, ".png": write_picture, ".npy": write_picture}
+
+
+STACKED = (".nii", ".nii.gz", ".dcm", ".tif", ".mp4")  # outputs that are no plain pictures
 
 
 def suffix_of(path: Path) -> str:
@@ -572,10 +737,19 @@ def suffix_of(path: Path) -> str:
     return ".dcm" if is_dicom(path) else path.suffix.lower()
 
 
-def read(paths: Path | list[Path], channels: int = 0, axis: int = -1) -> Pictures:
-    """The pictures of a file, or of the files of a DICOM series, none of them decoded yet.
+def split_suffix(name: str) -> tuple[str, str]:
+    """A name and its suffix; ".nii.gz" is one, numbers (in names of DICOM files) are none."""
+    stem, suffix = os.path.splitext(name)
+    if suffix.lower() == ".gz" and stem.lower().endswith(".nii"):
+        return stem[:-4], stem[-4:] + suffix
+    return (name, "") if suffix[1:].isdigit() else (stem, suffix)
 
-    `channels`: refuse other numbers of them, 0: take any; `axis`: of volumes, across the slices.
+
+def read(paths: Path | list[Path], channels: int = 0, axis: int = -1) -> Pictures:
+    """The pictures of a file, or of the files of a DICOM series; those of many are not decoded yet.
+
+    `channels`: convert to that many, or refuse other numbers of them, 0: take any; `axis`: of
+    volumes, across the slices.
 
     Raises:
         UnreadableImage: damaged, too large, or of a kind that is not read.
@@ -585,7 +759,30 @@ def read(paths: Path | list[Path], channels: int = 0, axis: int = -1) -> Picture
     with decoding(paths[0]):
         if paths[0].is_fifo():  # opening it would wait for ever
             raise UnreadableImage("it is a named pipe")
-        return READERS[suffix_of(paths[0])](paths, channels, axis)
+        return READERS.get(suffix_of(paths[0]), read_picture)(paths, channels, axis)
+
+
+def output_suffix(path: Path, channels: int, units: bool) -> str:
+    """The suffix of a translation of `path` with so many channels, in units or in grey levels."""
+    suffix = suffix_of(path) if path.is_file() else ""  # a pipe would be waited for
+    if suffix in (".nii", ".nii.gz", ".dcm"):
+        return suffix
+    if suffix in FILMS:
+        return ".mp4"
+    if suffix in (".tif", ".tiff"):
+        with contextlib.suppress(UnreadableImage), decoding(path):  # `read` reports it
+            if is_raster(path):
+                return ".tif"
+    return ".npy" if channels not in (1, 3, 4) or (units and suffix == ".npy") else ".png"
+
+
+def count(path: Path, axis: int = -1) -> int:
+    """How many pictures a file holds, opened only if it may be several; 1 if it is unreadable."""
+    if path.name.lower().endswith((*PICTURES, ".npy", ".tif", ".tiff")):
+        return 1
+    with contextlib.suppress(UnreadableImage):
+        return len(read(path, axis=axis))
+    return 1
 
 
 def write(

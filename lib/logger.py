@@ -84,7 +84,7 @@ UNCHANGED = 0.5  # mean |G(x) - x| of 255 under which nothing is translated
 TITLES = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
 
 
-def load_samples(args, letter: str, channels: int, n: int = 4) -> torch.Tensor:
+def load_samples(args, letter: str, channels: int, limits=None, n: int = 4) -> torch.Tensor:
     """The first test pictures (training pictures where there are none), (n, C, size, size)."""
     try:
         folder = datasets.find_split(args.dataroot, f"test{letter}")
@@ -93,7 +93,7 @@ def load_samples(args, letter: str, channels: int, n: int = 4) -> torch.Tensor:
     pictures = []
     for name in datasets.list_images(folder):
         with contextlib.suppress(datasets.UnreadableImage):  # Domain and test.py report it
-            picture = datasets.load_image(folder / name, channels)
+            picture = datasets.load_image(folder / name, channels, limits, axis=args.axis)
             pictures.append(datasets.to_tensor(datasets.resize(picture, (args.size, args.size))))
         if len(pictures) == n:
             break
@@ -145,8 +145,8 @@ class Logger:
         self.began, self.waited = time.time(), 0.0  # seconds of this epoch spent waiting for data
         if self.is_main:
             first, second = args.direction.split("to")
-            self.real_A = load_samples(args, first, args.input_nc)
-            self.real_B = load_samples(args, second, args.output_nc)
+            self.real_A = load_samples(args, first, args.input_nc, args.range_A)
+            self.real_B = load_samples(args, second, args.output_nc, args.range_B)
             trim_csv(self.logs / "losses.csv", iteration)
             trim_csv(self.logs / "metrics.csv", iteration)
         self.bar = tqdm(

@@ -22,7 +22,8 @@ from PIL import Image
 
 import datasets
 import utils
-from models import translate
+from lib import formats, tiling
+from models import OnnxGenerator, translate
 from utils import UserError
 
 WORKERS = 4  # threads that decode and save while the network computes
@@ -90,17 +91,31 @@ def find_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
     return [(name, truths.get(key(name), "")) for name in datasets.list_images(source)]
 
 
+def find_ranges(options: dict, direction: str, net=None) -> tuple[tuple | None, tuple | None]:
+    """Return the ranges of source and target by a run's options or an ONNX file; None: unknown."""
+    ranges = [options.get(f"range_{domain}") for domain in (direction[0], direction[-1])]
+    own = net.ranges if isinstance(net, OnnxGenerator) else (None, None)
+    return tuple(tuple(a) if a else b for a, b in zip(ranges, own, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------
 # Translating files
 
 
-def prepare(path: Path, channels: int, options: dict, size: int | None) -> np.ndarray:
-    """Decode a picture at the scale it is to be translated at, (H, W, channels).
+def prepare(
+    path: Path, channels: int, options: dict, size: int | None, limits: tuple | None = None
+) -> np.ndarray:
+    """Decode a picture at the scale it is to be translated at, (H, W, channels); see load_image.
 
     `size` makes the shorter side that long; 0 leaves the picture as it is; None does what training
     did, without crop and flip (`options` are the run's; without any the picture is left as it is).
     """
-    picture = datasets.load_image(path, channels)
+    axis = options.get("axis", -1)
+    return fit(datasets.load_image(path, channels, limits, axis=axis), options, size)
+
+
+def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
+    """Resize a decoded picture as `prepare` does."""
     height, width = picture.shape[:2]
     if size:
         scale = size / min(height, width)
@@ -113,13 +128,56 @@ def prepare(path: Path, channels: int, options: dict, size: int | None) -> np.nd
     return picture
 
 
-def translate_batch(net, pictures: list[np.ndarray], device, dtype) -> list[np.ndarray]:
-    """Translate pictures of one size: (H, W, input_nc) -> (H, W, output_nc) each."""
+def run(net, pictures: list[np.ndarray], device, dtype) -> torch.Tensor:
+    """Translate pictures of one size, (H, W, input_nc) -> (N, output_nc, H, W) in [-1, 1]."""
     x = torch.stack([datasets.to_tensor(picture) for picture in pictures]).to(device)
     x = x.contiguous(memory_format=utils.memory_layout(device))  # (N, input_nc, H, W)
-    fakes = translate(net, x, dtype).cpu()
-    wide = fakes.shape[1] not in (3, 4)  # colours are saved with 8 bits, all else as it came
-    return [datasets.to_array(y, pictures[0].dtype if wide else np.uint8) for y in fakes]
+    return translate(net, x, dtype).cpu()
+
+
+def translate_array(
+    net,
+    array: np.ndarray,
+    value_range: tuple[float, float] | None = None,
+    target_range: tuple[float, float] | None = None,
+    tile: int = 0,
+    dtype: torch.dtype | None = None,
+) -> np.ndarray:
+    """Translate one picture (H, W, input_nc) of any type; returns (H, W, output_nc) of that type.
+
+    `net` comes from models.load_generator. `value_range` (low, high) are the values that the
+    network has as -1 and 1; None: the whole range of an integer type. Those of the result are in
+    `target_range`, None: the same; integers are rounded and clipped. `tile`: go through the network
+    by tiles of so many pixels, with the same result in bounded memory (lib/tiling.py). `dtype` is
+    the autocast precision, None for float32. Many threads may call it with one network at once.
+
+    Raises:
+        ValueError: floats and no `value_range`, or not the channels of the network.
+    """
+    value_range = value_range or formats.integer_limits(array.dtype, 1.0, 0.0)
+    if value_range is None or array.ndim != 3 or array.shape[2] != net.input_nc:
+        raise ValueError(
+            f"{array.dtype} of shape {array.shape}: give (H, W, {net.input_nc}), of floats with "
+            "their value_range"
+        )
+    x = formats.to_unit(array, value_range)
+    if tile:
+        y = np.empty((*x.shape[:2], net.output_nc), np.float32)
+        tiling.translate_tiles(net, x, y, tile, dtype)
+    else:
+        on_cpu = isinstance(net, OnnxGenerator)
+        device = torch.device("cpu") if on_cpu else next(net.parameters()).device
+        y = run(net, [x], device, dtype)[0].permute(1, 2, 0).numpy()
+    values = formats.from_unit(y, target_range or value_range, array)
+    return formats.to_stored(values, array.dtype, 1.0, 0.0, None)
+
+
+def translate_batch(net, pictures: list[np.ndarray], device, dtype) -> list[np.ndarray]:
+    """Translate pictures of one size: (H, W, input_nc) -> (H, W, output_nc) each."""
+    fakes = run(net, pictures, device, dtype)
+    colors = fakes.shape[1] in (3, 4) and pictures[0].dtype != np.float32
+    kept = np.uint8 if colors else pictures[0].dtype  # colors are saved with 8 bits
+    return [datasets.to_array(y, kept) for y in fakes]
 
 
 def translate_files(
@@ -149,13 +207,14 @@ def translate_files(
                 i += len(batch)
 
 
-def load_truth(path: Path, fake: np.ndarray) -> np.ndarray | None:
+def load_truth(path: Path, fake: np.ndarray, limits: tuple | None = None) -> np.ndarray | None:
     """Return a ground truth in the size of its translation; None if it cannot be read.
 
     (Where it is itself a source, that is reported.)
     """
     try:
-        return datasets.resize(datasets.load_image(path, fake.shape[2]), fake.shape[1::-1])
+        truth = datasets.load_image(path, fake.shape[2], limits)
+        return datasets.resize(truth, fake.shape[1::-1])
     except datasets.UnreadableImage:
         return None
 

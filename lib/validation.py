@@ -44,7 +44,10 @@ def measure(
         net.eval()
     for direction, files in pairs.items():
         net, back = nets[f"netG_{direction}"], nets[f"netG_{direction[::-1]}"]
-        load = lambda path, channels=net.input_nc: tr.prepare(path, channels, options, None)
+        limits, target_limits = tr.find_ranges(options, direction)
+        load = lambda path, channels=net.input_nc, limits=limits: tr.prepare(
+            path, channels, options, None, limits
+        )
         sums, cycle = np.zeros((2, 2, 2)), []
         sources = [source for source, _ in files]
         for i, source, fake in tr.translate_files(net, sources, load, 1, device, dtype):
@@ -52,7 +55,7 @@ def measure(
                 (rec,) = tr.translate_batch(back, [fake], device, dtype)
                 difference = datasets.to_tensor(rec) - datasets.to_tensor(source)
                 cycle.append(float(difference.abs().mean()) * 127.5)
-                truth = tr.load_truth(files[i][1], fake) if files[i][1] else None
+                truth = tr.load_truth(files[i][1], fake, target_limits) if files[i][1] else None
                 if truth is not None:
                     sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
         found, identity = map(metrics.masked_errors, sums)

@@ -1,19 +1,31 @@
 """Volumes, rasters and films: the files are made, and what is written is read, by the libraries."""
 
 import gzip
+import json
+import os
 import random
 import re
 import struct
+import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+import torch
+from PIL import Image
 
-from lib import formats
+import test
+from lib import formats, stacks
 from lib.formats import UnreadableImage
+from lib.translation import translate_array
+from models import Generator, init_weights
+from tools import export
+from tools import frames as save_frames
 from utils import UserError
 
 nibabel = pytest.importorskip("nibabel", reason="nibabel is not installed")
@@ -179,6 +191,15 @@ def test_volumes_of_other_shapes(tmp_path):
         assert np.array_equal(np.asarray(after.dataobj), noise(shape, "int16"))
         with pytest.raises(UnreadableImage, match=f"has {channels} channels, not 2"):
             formats.read(path, 2)
+
+
+def test_whole_ranges_stay_integers():
+    """So that a resumed run, whose range comes from options.json as a list, has the same bytes."""
+    for dtype, most in (("uint8", 255), ("uint16", 65535)):
+        picture = noise((3, 4, 1), dtype)
+        assert formats.to_unit(picture, [0.0, float(most)]) is picture
+        assert formats.to_unit(picture, (0, most)) is picture
+        assert formats.to_unit(picture, (0, most - 1)).dtype == np.float32
 
 
 def test_translations_in_other_units(tmp_path):
@@ -488,7 +509,7 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform", "ignore:Image size")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory in /proc")
 def test_lying_and_broken_files(tmp_path):
     volume = noise((6, 9, 40), "int16")
@@ -529,7 +550,7 @@ def test_lying_and_broken_files(tmp_path):
         pass
     assert "over Pillow's size limit" in refusal(tmp_path / "strip.tif")
     (tmp_path / "page.tif").write_text("<VRTDataset></VRTDataset>")
-    assert "not recognized" in refusal(tmp_path / "page.tif")
+    assert "cannot identify" in refusal(tmp_path / "page.tif")
 
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         track = container.add_stream("aac", rate=48_000)
@@ -548,7 +569,7 @@ def test_lying_and_broken_files(tmp_path):
 )
 def test_a_library_that_is_missing(module, name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / name).touch()
+    (tmp_path / name).write_bytes(b"II*\0")
     with pytest.raises(UserError, match=f"files need {module}: pip install {module}$"):
         formats.read(tmp_path / name)
 
@@ -569,3 +590,238 @@ def test_a_film_that_was_held_sideways(tmp_path):
     assert abs(first.astype(int) - np.rot90(scene(0), -1)).mean() < 6  # turned clockwise to be seen
     identity(path, tmp_path / "b.mp4", 3)
     assert film_facts(tmp_path / "b.mp4")["size"] == (64, 48)
+
+
+# ------------------------------------------------------------------------------------------------
+# The scripts
+
+
+def save_identity(path: Path, channels: int, **metadata: str) -> Path:
+    """An ONNX file of a network that changes nothing."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    shape = ["batch", channels, "height", "width"]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name in ("input", "output")
+    ]
+    node = onnx.helper.make_node("Identity", ["input"], ["output"])
+    graph = onnx.helper.make_graph([node], "identity", ends[:1], ends[1:])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+    return path
+
+
+def translate(folder: Path, workdir: Path, channels: int, *more, code=0, **metadata) -> Path:
+    """`test.py --weights identity.onnx --input FOLDER`; where the outputs are."""
+    workdir.mkdir(exist_ok=True)
+    weights = save_identity(workdir / "identity.onnx", channels, **metadata)
+    words = ["--workdir", workdir, "--weights", weights, "--input", folder, *more]
+    args = test.parse_args([str(word) for word in [*words, "--device", "cpu", "--amp", "off"]])
+    assert test.main(args) == code
+    return workdir / "outputs" / "B"
+
+
+def test_the_script_through_an_identity(tmp_path, capsys):
+    """Volumes, a series, rasters and pictures of one channel, damaged ones between them."""
+    source, hounsfield = tmp_path / "in", {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    volume, stored = noise((6, 9, 4), "int16"), noise((2, 6, 8), "uint16") % 4096
+    save_nifti(source / "a.nii.gz", volume)
+    for z in (0, 1):
+        save_dicom(source / "ct" / f"1.2.{z}", stored[z], z, **hounsfield)
+    raster = noise((1, 20, 30), "uint16")
+    raster[0, :5] = 0
+    save_raster(source / "b.tif", raster, 0)
+    Image.fromarray(noise((9, 12), "uint8")).save(source / "grey.png")
+    (source / "cut.nii.gz").write_bytes((source / "a.nii.gz").read_bytes()[:200])
+    (source / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    out = translate(source, tmp_path / "run", 1, code=1)
+    said = capsys.readouterr().out
+    assert "A2B: 5 of 7 pictures translated" in said and said.count("could not be read: ") == 2
+    after = nibabel.load(out / "a.nii.gz")
+    assert np.allclose(after.affine, AFFINE) and after.get_data_dtype() == np.int16
+    assert abs(np.asarray(after.dataobj).astype(int) - volume).max() <= 1
+    for z in (0, 1):
+        after = pydicom.dcmread(out / "ct" / f"1.2.{z}.dcm")
+        assert abs(after.pixel_array.astype(int) - stored[z]).max() <= 1
+    with rasterio.open(out / "b.tif") as after:
+        assert abs(after.read().astype(int) - raster).max() <= 1 and after.crs.to_epsg() == 32633
+        assert (after.read() == 0).sum() == (raster == 0).sum()
+    assert np.array_equal(np.asarray(Image.open(out / "grey.png")), noise((9, 12), "uint8"))
+    assert sorted(p.name for p in (tmp_path / "run" / "result").glob("A2B_*.png"))
+
+
+def smooth(shape: tuple, seed: int) -> np.ndarray:
+    """A few blobs in [0, 1], so that there is something to see."""
+    rng = np.random.default_rng(seed)
+    grids = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
+    blobs = [
+        np.exp(-sum((g - c) ** 2 for g, c in zip(grids, rng.random(len(shape)), strict=True)) * 20)
+        for _ in range(3)
+    ]
+    return sum(blobs) / 3
+
+
+def run_twice(data: Path, tmp_path: Path, options: str) -> dict:
+    """Train two epochs, and one and then another: the same bytes; the options that were kept."""
+    options += " --size 64 --load_size 66 --lr_policy constant --n_epochs"
+    assert tiny.run(data, tmp_path / "whole", f"{options} 2") == 0
+    assert tiny.run(data, tmp_path / "parts", f"{options} 1 --cache off") == 0
+    assert tiny.resume(tmp_path / "parts", "--n_epochs 2") == 0
+    whole, parts = (tiny.outcome(tmp_path / name) for name in ("whole", "parts"))
+    assert not tiny.differences(whole, parts)
+    return json.loads((tmp_path / "whole" / "models" / "options.json").read_text())
+
+
+def test_training_on_volumes(tmp_path):
+    """CT-like int16 to MR-like float32, then the test split, its volumes in the target's units."""
+    data = tmp_path / "set"
+    for split, n in (("train", 2), ("test", 1)):
+        for i in range(n):
+            hounsfield = (smooth((40, 44, 3), i) * 2000 - 1000).astype(np.int16)
+            save_nifti(data / f"{split}A" / f"{i}.nii.gz", hounsfield)
+            weighted = smooth((40, 44, 4), 9 + i).astype(np.float32) * 300
+            save_nifti(data / f"{split}B" / f"{i}.nii", weighted)
+    channels = "--input_nc 1 --output_nc 1"
+    with pytest.raises(UserError, match=r"floats: say with --range_A LO HI.*maximum [\d.]+, perc"):
+        tiny.run(data, tmp_path / "refused", channels)
+    options = run_twice(data, tmp_path, f"{channels} --range_A -1000 1000 --range_B 0 300")
+    assert options["range_A"] == [-1000, 1000] and options["range_B"] == [0, 300]
+    assert len((tmp_path / "whole" / "logs" / "losses.csv").read_text().splitlines()) == 17
+    words = ["--workdir", str(tmp_path / "whole"), "--device", "cpu", "--volume_norm"]
+    assert test.main(test.parse_args(words)) == 0
+    after = nibabel.load(tmp_path / "whole" / "outputs" / "B" / "0.nii.gz")
+    assert after.shape == (40, 44, 3) and after.get_data_dtype() == np.int16
+    assert np.allclose(after.affine, AFFINE)
+    assert after.get_fdata().min() >= 0 and 10 < after.get_fdata().max() <= 300
+    after = nibabel.load(tmp_path / "whole" / "outputs" / "A" / "0.nii")
+    assert after.get_data_dtype() == np.float32 and -1000 <= after.get_fdata().min() < 0
+
+
+def test_training_on_series(tmp_path):
+    for letter in "AB":
+        for i in range(3):
+            stored = (smooth((40, 44), i) * 4000).astype(np.uint16)
+            name = tmp_path / "set" / f"train{letter}" / f"1.2.{i}"
+            save_dicom(name, stored, i, RescaleSlope=1, RescaleIntercept=-1024)
+    options = run_twice(tmp_path / "set", tmp_path, "--input_nc 1 --output_nc 1")
+    assert options["range_A"] == [-1024, 3071]
+
+
+def test_training_on_rasters(tmp_path):
+    """Typed as a user would, in a process of its own."""
+    for split in ("trainA", "trainB", "testA", "testB"):
+        for i in range(2):
+            bands = smooth((4, 40, 44), i) * 9000 + (2000 if split[-1] == "B" else 1)
+            bands[:, :4] = 0
+            save_raster(tmp_path / "set" / split / f"{i}.tif", bands.astype(np.uint16), 0)
+    options = "--input_nc 4 --output_nc 4 --range_A 0 10000 --range_B 0 12000 --size 64"
+    words = tiny.words(tmp_path / "set", tmp_path, f"{options} --load_size 64 --n_epochs 2")
+    command = [sys.executable, tiny.ROOT / "train.py", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert test.main(test.parse_args(["--workdir", str(tmp_path), "--device", "cpu"])) == 0
+    with rasterio.open(tmp_path / "outputs" / "B" / "1.tif") as after:
+        assert after.shape == (40, 44) and after.dtypes == ("uint16",) * 4
+        bands = after.read()
+        assert after.crs.to_epsg() == 32633 and bands.max() <= 12_000
+        assert (bands[:, :4] == 0).all() and (bands[:, 4:] > 0).all()
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return init_weights(Generator(ngf=4, n_residual_blocks=1), init_gain=0.1).eval()
+
+
+def test_arrays_from_many_threads(net):
+    """Whole and by tiles, any type; eight threads with one network get what one gets."""
+    arrays = [noise((40, 52, 3), "uint8", i) for i in range(8)]
+    expected = []
+    for array in arrays:
+        with torch.no_grad():
+            x = torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
+            y = (net(x)[0].permute(1, 2, 0).numpy() + 1) * 127.5
+        expected.append(y.round().astype(np.uint8))
+    with ThreadPoolExecutor(8) as pool:
+        for tile in (0, 16):
+            got = list(pool.map(lambda a, tile=tile: translate_array(net, a, tile=tile), arrays))
+            for a, b in zip(got, expected, strict=True):
+                assert abs(a.astype(int) - b).max() <= (1 if tile else 0)
+    hounsfield = arrays[0].astype(np.float64) * 10 - 1000
+    got = translate_array(net, hounsfield, (-1000, 1550), (0, 1))
+    assert got.dtype == np.float64 and abs(got * 255 - expected[0]).max() <= 0.51
+    hounsfield[3, 4] = np.nan
+    assert np.isnan(translate_array(net, hounsfield, (-1000, 1550))).sum() == 3
+    for bad in (hounsfield, arrays[0][..., :2], arrays[0][..., 0]):
+        with pytest.raises(ValueError, match=r"give \(H, W, 3\)"):
+            translate_array(net, bad)
+
+
+def test_ranges_of_an_exported_network(tmp_path, monkeypatch):
+    """They are in the ONNX file, so it says by itself what its values mean."""
+    found = []
+    monkeypatch.setattr(export, "export", lambda *arguments: found.append(arguments[-1]) or 0.0)
+    (tmp_path / "options.json").write_text('{"range_A": [-1000, 3000], "range_B": [0, 300.5]}')
+    export.main(export.parse_args(["--weights", str(tmp_path / "netG_B2A_ema.pth")]))
+    assert found == [((0, 300.5), (-1000, 3000))]
+
+    stored = noise((9, 8, 2), "int16")
+    save_nifti(tmp_path / "in" / "x.nii", stored)
+    ranges = {"input_range": "-1000 3000", "output_range": "0 300.5"}
+    made = nibabel.load(translate(tmp_path / "in", tmp_path / "run", 1, **ranges) / "x.nii")
+    expected = (stored.clip(-1000, 3000) + 1000.0) / 4000 * 300.5
+    assert made.get_data_dtype() == np.int16 and abs(made.get_fdata() - expected).max() <= 0.501
+    out = translate(tmp_path / "in", tmp_path / "run", 1, "--range_B", "0", "1", **ranges)
+    made = nibabel.load(out / "x.nii")
+    assert made.get_data_dtype() == np.float32
+    assert np.allclose(made.get_fdata(), expected / 300.5, atol=1e-5)
+
+
+def test_films_and_their_frames(net, tmp_path, capsys):
+    film = save_film(tmp_path / "clip.webm", [scene(t) for t in range(8)], "4", codec="libvpx")
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    words = ["--workdir", tmp_path, "--weights", tmp_path / "net.pth", "--input", film]
+    words = [str(word) for word in [*words, "--device", "cpu", "--amp", "off"]]
+    assert test.main(test.parse_args([*words, "--side_by_side", "--smooth", "0.9"])) == 0
+    frames = list(formats.read(tmp_path / "outputs" / "B" / "clip.mp4"))
+    assert len(frames) == 8 and frames[0].shape == (48, 128, 3)
+    assert abs(frames[5][:, :64].astype(int) - scene(5)).mean() < 6
+    first = translate_array(net, next(iter(formats.read(film))))  # its statistics are its own
+    blocks = lambda p: p.astype(float).reshape(6, 8, 8, 8, 3).mean((1, 3))  # a film keeps these
+    assert abs(blocks(frames[0][:, 64:]) - blocks(first)).max() < 6 < blocks(first).std()
+    assert (tmp_path / "result" / "A2B_clip.png").exists()
+
+    save_frames.main(
+        save_frames.parse_args([str(film), str(tmp_path / "set" / "trainA"), "--every", "0.5"])
+    )
+    assert "4 pictures saved" in capsys.readouterr().out
+    names = [f"clip_0000{i // 2}.{i % 2 * 5}0.png" for i in range(4)]
+    assert sorted(p.name for p in (tmp_path / "set" / "trainA").iterdir()) == names
+    taken = np.asarray(Image.open(tmp_path / "set" / "trainA" / names[3]))
+    assert abs(taken.astype(int) - scene(6)).mean() < 6
+
+
+def test_shared_statistics(net):
+    """With those of one picture, or gathered over several that are alike, nothing changes."""
+    x = [torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    shared = stacks.share_norm(net)
+    with torch.no_grad():
+        assert torch.allclose(shared(x[0]), net(x[0]), atol=1e-5)
+        first = next(m for m in shared.modules() if isinstance(m, stacks.SharedNorm))
+        shared(torch.cat(x[1:]))
+        z = torch.stack([net.model[1](net.model[0](p)) for p in x])  # (3, 1, C, H, W)
+        mean, square = z.mean((0, 1, 3, 4)), z.square().mean((0, 1, 3, 4))
+        assert torch.allclose(first.means, torch.stack([mean, square]), atol=1e-6)
+        moving = stacks.share_norm(net, 0.5)
+        for picture in (x[0], x[1], x[2]):
+            moving(picture)
+        first = next(m for m in moving.modules() if isinstance(m, stacks.SharedNorm))
+        mean = (
+            0.25 * z[0].mean((0, 2, 3)) + 0.25 * z[1].mean((0, 2, 3)) + 0.5 * z[2].mean((0, 2, 3))
+        )
+        assert torch.allclose(first.means[0], mean, atol=1e-6)
+    with pytest.raises(UserError, match="does not have: leave them out"):
+        stacks.share_norm(Generator(norm="batch", ngf=2, n_residual_blocks=1))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import metrics
+from lib import formats, metrics
 from lib import translation as tr
 from models import load_generator
 from tools.report import format_measures, write_report
@@ -279,11 +279,14 @@ def main(args: argparse.Namespace) -> None:
     device, dtype, _, _ = utils.setup(args)
     outputs, index = args.workdir / "outputs", {}
     for row in tr.read_index(args.workdir):
-        if (outputs / row.output).exists():
+        if (outputs / row.output).exists() and not row.output.endswith(formats.STACKED):
             row = row._replace(output=str(outputs / row.output))
             index.setdefault(row.direction, []).append(row)
     if not index:
-        raise UserError(f"there are no translations in {outputs}: run `python test.py` first")
+        raise UserError(
+            f"there are no translated pictures in {outputs} (volumes, rasters and films are not "
+            "measured): run `python test.py` first"
+        )
     if args.inception:
         if not args.inception.is_file():
             raise UserError(f"there is no --inception {args.inception}: name the file {INCEPTION}")

@@ -36,11 +36,12 @@ class Half(nn.Module):
         return self.net(x.half()).float()  # (N, output_nc, H, W)
 
 
-def to_onnx(net: nn.Module, fp16: bool) -> bytes:
+def to_onnx(net: nn.Module, fp16: bool, ranges: tuple = (None, None)) -> bytes:
     """Return a self-contained ONNX file of a generator: batch, height and width are dynamic.
 
-    Its metadata: `value_range`, `input_channels`, `output_channels`, `input`, `output`, and
-    `multiple`, which H and W must be multiples of.
+    Its metadata: `value_range`, `input_channels`, `output_channels`, `input`, `output`,
+    `multiple`, which H and W must be multiples of, and, where `ranges` says them, `input_range` and
+    `output_range`: the values of the files (Hounsfield units and the like) that are -1 and 1.
     """
     import onnx
 
@@ -62,6 +63,8 @@ def to_onnx(net: nn.Module, fp16: bool) -> bytes:
         node.ClearField("metadata_props")  # stack traces, with the paths of this machine
     metadata = {"value_range": "-1..1", "multiple": str(m), "input": "input", "output": "output"}
     metadata |= {"input_channels": str(net.input_nc), "output_channels": str(net.output_nc)}
+    for name, limits in zip(("input_range", "output_range"), ranges, strict=True):
+        metadata |= {name: "{} {}".format(*limits)} if limits else {}
     onnx.helper.set_model_props(model, metadata)
     return model.SerializeToString()
 
@@ -87,7 +90,7 @@ def largest_difference(net: nn.Module, content: bytes) -> float:
     return worst
 
 
-def export(weights: Path, output: Path, fp16: bool) -> float:
+def export(weights: Path, output: Path, fp16: bool, ranges: tuple = (None, None)) -> float:
     """Export one checkpoint; returns the largest difference from PyTorch.
 
     Raises:
@@ -96,7 +99,7 @@ def export(weights: Path, output: Path, fp16: bool) -> float:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"export.py needs {package}: pip install onnx onnxscript onnxruntime")
-    content = to_onnx(load_generator(weights), fp16)
+    content = to_onnx(load_generator(weights), fp16, ranges)
     worst = largest_difference(load_generator(weights), content)  # Half changed the first
     allowed = TOLERANCE_FP16 if fp16 else TOLERANCE
     if not worst <= allowed:  # nan is not either
@@ -139,7 +142,9 @@ def main(args: argparse.Namespace) -> None:
         if not jobs:
             raise UserError(f"{models} holds no generator: train first, or name --models")
     for weights, output in jobs:
-        worst = export(weights, output, args.fp16)
+        direction = "B2A" if "B2A" in weights.name else "A2B"
+        ranges = tr.find_ranges(tr.read_options(weights.parent), direction)
+        worst = export(weights, output, args.fp16, ranges)
         print(f"{weights} -> {output} ({worst:.0e} from PyTorch at most)")
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def address(run):
     line = process.stdout.readline()
     assert line.startswith("open http://127.0.0.1:"), line
     yield line.split()[1]
-    assert any((run / "temporary").rglob("photo.jpg"))
+    assert any(path.is_file() for path in (run / "temporary").rglob("*"))
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
     assert not any(path.is_file() for path in (run / "temporary").rglob("*"))
@@ -219,3 +220,21 @@ def test_mistakes_are_explained(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     with pytest.raises(utils.UserError, match="pip install gradio"):
         app.main(app.parse_args(["--workdir", str(run)]))
+
+
+def test_eight_clients_at_once(address, run, tmp_path):
+    """The five lines of docs/formats.md, from eight threads; each gets the picture of its own."""
+    from gradio_client import Client, handle_file
+
+    def request(i: int) -> np.ndarray:
+        client = Client(address, verbose=False, download_files=tmp_path / f"{i}")
+        job = client.submit(handle_file(pictures[i]), "A2B", "last", api_name="/show")
+        job.result()
+        return pixels(Path(job.outputs()[0][0]).read_bytes())
+
+    pictures = [draw(tmp_path / f"{i}.png", 40 + 4 * i, 48, seed=i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(request, range(8)))
+    for i in (0, 3, 7):
+        assert (got[i] == translated(run, tmp_path, pictures[i])).all()
+    assert [picture.shape[1] for picture in got] == [40 + 4 * i for i in range(8)]

@@ -97,8 +97,10 @@ def test_translates_like_the_weights_it_came_from(models, tmp_path):
 )
 def test_every_kind_of_generator(net, multiple, tmp_path):
     weights, output = save(net(), tmp_path / "net.pth"), tmp_path / "net.onnx"
-    assert export.export(weights, output, fp16=False) < 1e-4
+    ranges = ((-1000, 3000.5), None)
+    assert export.export(weights, output, False, ranges) < 1e-4
     onnx, torch_net = load_generator(output), load_generator(weights)
+    assert onnx.ranges == ranges
     assert onnx.multiple == torch_net.multiple == multiple
     assert (onnx.input_nc, onnx.output_nc) == (torch_net.input_nc, torch_net.output_nc)
     x = torch.rand(1, onnx.input_nc, 3 * multiple, max(8, multiple)) * 2 - 1  # the smallest width

@@ -1,0 +1,226 @@
+"""Translate files that hold units or many pictures: volumes, DICOM series, rasters, films."""
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import datasets
+import utils
+from lib import formats
+from lib import translation as tr
+from lib.formats import Film, Pictures, UnreadableImage
+from utils import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Instance norm over many pictures
+
+
+class SharedNorm(nn.Module):
+    """Instance norm by the running means of x and of its square over the pictures so far.
+
+    With statistics of its own for each picture, a network's brightness and colors flicker from one
+    slice or frame to the next. Each new picture has the weight 1/n at first, as in a plain mean,
+    and `least` when 1/n has become smaller; once `frozen` is set, the means stay as they are.
+    """
+
+    def __init__(self, channels: int, eps: float, least: float):
+        super().__init__()
+        self.eps, self.least, self.n, self.frozen = eps, least, 0, False
+        self.register_buffer("means", torch.zeros(2, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.frozen:
+            for picture in x.float():  # (C, H, W)
+                self.n += 1
+                new = torch.stack([picture.mean((1, 2)), picture.square().mean((1, 2))])
+                self.means.lerp_(new, max(self.least, 1 / self.n))
+        mean, square = self.means[:, :, None, None]  # (C, 1, 1) each
+        return ((x - mean) * (square - mean**2 + self.eps).rsqrt()).to(x.dtype)
+
+
+def share_norm(net: nn.Module, smooth: float = 1.0) -> nn.Module:
+    """A copy of a generator whose instance norms share statistics over what it translates.
+
+    `smooth` is how much of the statistics is kept at each picture (a moving average); 1: all
+    pictures have the same weight.
+
+    Raises:
+        UserError: the network has no instance norm without weights.
+    """
+    net = copy.deepcopy(net)
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    norms = [
+        (module, name, child)
+        for module in modules
+        for name, child in module.named_children()
+        if isinstance(child, nn.InstanceNorm2d) and not child.affine
+    ]
+    if not norms:
+        raise UserError(
+            "--volume_norm and --smooth share the statistics of instance norm, which this network "
+            "does not have: leave them out"
+        )
+    device = next(net.parameters()).device
+    for module, name, child in norms:
+        setattr(module, name, SharedNorm(child.num_features, child.eps, 1 - smooth).to(device))
+    return net
+
+
+# ------------------------------------------------------------------------------------------------
+# Options of test.py
+
+KEPT = ("range_A", "range_B", "axis")  # options of the run, which those of test.py override
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for volumes, rasters, films."""
+    group = parser.add_argument_group("volumes, rasters, films")
+    for domain in "AB":
+        text = f"values of {domain} that are -1 and 1 to the network (the run's)"
+        pair = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
+        group.add_argument(f"--range_{domain}", help=text, **pair)
+    text = "of volumes, across the slices (the run's, else the last)"
+    group.add_argument("--axis", type=int, choices=[-1, 0, 1, 2], help=text)
+    text = "all slices of a volume share the statistics of instance norm (two passes)"
+    group.add_argument("--volume_norm", action="store_true", help=text)
+    text = "films: how much of these statistics is kept from frame to frame (0; try 0.9)"
+    group.add_argument("--smooth", type=float, default=0.0, help=text)
+    text = "films: the source and its translation in one film"
+    group.add_argument("--side_by_side", action="store_true", help=text)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError if an option is out of range."""
+    if not 0 <= args.smooth < 1:
+        raise UserError(f"--smooth is {args.smooth}, but must be at least 0 and below 1")
+    for name in ("range_A", "range_B"):
+        limits = vars(args)[name]
+        if limits and not limits[0] < limits[1]:
+            raise UserError(f"--{name} {limits[0]:g} {limits[1]:g}: LO must be below HI")
+
+
+# ------------------------------------------------------------------------------------------------
+# One file, or one series
+
+
+def translate_pictures(
+    net,
+    source: Pictures,
+    limits: tuple,
+    fit: Callable,
+    batch_size: int,
+    device,
+    dtype,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each picture of a file and its translation, (H, W, C), both in their units.
+
+    `limits` of the source and of the target are what the network has as -1 and 1; `fit` resizes a
+    picture to what is to be translated; translations have the size of their picture again, but
+    for those of films. Decoding goes on in a thread while the network computes.
+    """
+    pictures = iter(source)
+
+    def load() -> list[tuple[np.ndarray, np.ndarray]]:
+        batch = itertools.islice(pictures, batch_size)
+        return [(picture, fit(formats.to_unit(picture, limits[0]))) for picture in batch]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load)
+        while batch := ahead.result():
+            ahead = pool.submit(load)
+            for _, group in itertools.groupby(batch, lambda pair: pair[1].shape):
+                shown, inputs = zip(*group, strict=True)
+                for picture, y in zip(shown, tr.run(net, inputs, device, dtype), strict=True):
+                    fake = y.permute(1, 2, 0).numpy()  # (h, w, C) in [-1, 1]
+                    if not isinstance(source, Film):
+                        fake = datasets.resize(fake, picture.shape[1::-1])
+                    yield picture, formats.from_unit(fake, limits[1], picture)
+
+
+def translate_stack(
+    args, net, paths: list[Path], outputs: list[Path], ranges: tuple, options: dict, note: str,
+    device, dtype,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Translate one file, or one DICOM series, to `outputs`; a source and its translation to show.
+
+    `args` are the options of test.py, `options` those of the run, `ranges` those of source and
+    target, or None; `note` is kept in the file.
+
+    Raises:
+        UnreadableImage: a picture of it cannot be decoded, or is of other channels.
+        UserError: floats, and no range.
+    """
+    source = formats.read(paths, net.input_nc, options.get("axis", -1))
+    film = isinstance(source, Film)
+    if film and net.output_nc not in (1, 3):
+        raise UnreadableImage(f"a film cannot have the {net.output_nc} channels of the network")
+    low = source.limits if film else ranges[0] or source.limits
+    if low is None:
+        raise formats.ask_for_range(paths[0])
+    limits = (low, low) if film else (low, ranges[1] or low)
+    size = args.size if args.size is not None else 0 if args.input else None
+    fit = lambda picture: tr.fit(picture, options, size)
+    batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
+    if film and args.smooth:
+        net, batch_size = share_norm(net, args.smooth), 1
+    elif args.volume_norm and not film:
+        net = share_norm(net)
+        for _ in translate_pictures(net, source, limits, fit, batch_size, device, dtype):
+            pass  # the first pass is for its statistics
+        for module in net.modules():
+            if isinstance(module, SharedNorm):
+                module.frozen = True
+    shown = []
+
+    def translations() -> Iterator[np.ndarray]:
+        pairs = translate_pictures(net, source, limits, fit, batch_size, device, dtype)
+        for i, (picture, fake) in enumerate(pairs):
+            if i == len(source) // 2 or not shown:
+                shown[:] = formats.to_unit(picture, limits[0]), formats.to_unit(fake, limits[1])
+            if film and args.side_by_side:
+                left = fit(picture)
+                fake = np.hstack([left, np.broadcast_to(fake, left.shape)])
+            yield fake
+
+    formats.write(outputs, source, translations(), None if film else ranges[1], note)
+    return shown[0], shown[1]
+
+
+def group_rows(rows: list[tr.Translation]) -> list[list[tr.Translation]]:
+    """The rows of each file, those of one DICOM series together."""
+    of = {Path(row.source): row for row in rows}
+    return [[of[path] for path in paths] for paths in formats.group_series(list(of))]
+
+
+def translate_stacks(
+    args, groups: list[list[tr.Translation]], compared: list[tr.Translation], net, ranges: tuple,
+    options: dict, device, dtype, bar: str | None, weights: str,
+) -> dict[tr.Translation, str]:  # fmt: skip
+    """Translate the groups' files, and write pictures to compare of those that are in `compared`.
+
+    `weights` is the name of the network's file. Returns why some sources could not be read.
+    """
+    failed = {}
+    for group in tqdm(groups, bar, disable=bar is None or not groups):
+        outputs = [args.workdir / "outputs" / row.output for row in group]
+        for folder in {output.parent for output in outputs}:
+            utils.make_folder(folder)
+        paths, note = [Path(row.source) for row in group], f"{weights} (CycleGAN)"
+        try:
+            common = ranges, options, note, device, dtype
+            source, fake = translate_stack(args, net, paths, outputs, *common)
+        except UnreadableImage as error:
+            failed.update(dict.fromkeys(group, str(error)))
+            continue
+        if group[0] in compared:
+            strip = tr.side_by_side(fake, datasets.resize(source, fake.shape[1::-1]))
+            utils.save_picture(args.workdir / "result" / tr.comparison_name(group[0]), strip)
+    return failed
