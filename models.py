@@ -24,7 +24,7 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
 
 
 def init_weights(net: nn.Module, init_type: str = "normal", init_gain: float = 0.02) -> nn.Module:
-    """Draw all weights anew; normal with deviation 0.02 is the paper's (section 7.1)."""
+    """Initialize all weights; normal with deviation 0.02 is the paper's (section 7.1)."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             if init_type == "normal":
@@ -236,7 +236,7 @@ class Discriminator(nn.Module):
 
     basic: the 70x70 PatchGAN of the paper (section 7.2), n_layers = 3: h = H/8 - 2.
     n_layers: the same with more or fewer stride-2 layers, so larger or smaller patches.
-    pixel: 1x1 convolutions that judge each pixel alone, h = H.
+    pixel: 1x1 convolutions that see each pixel alone, h = H.
     strided: four stride-2 blocks and a padded 4x4 convolution, h = H/16.
     """
 
@@ -359,10 +359,13 @@ def generator_from_state(content: dict) -> nn.Module:
     else:
         raise LayoutError("its first weights are " + (", ".join(list(state)[:3]) or "missing"))
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    wrong = [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]
+    wrong = [
+        f"{name} {shapes.get(name, 'missing')} for {expected.get(name, 'nothing')}"
+        for name in {**shapes, **expected}
+        if shapes.get(name) != expected.get(name)
+    ]
     if wrong:
-        told = (f"{n} {shapes.get(n, 'missing')} for {expected.get(n, 'nothing')}" for n in wrong)
-        raise LayoutError("these did not fit: " + ", ".join(list(told)[:3]))
+        raise LayoutError("these did not fit: " + ", ".join(wrong[:3]))
     net.load_state_dict({name: state[name] for name in expected})
     return net
 

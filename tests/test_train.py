@@ -1,4 +1,4 @@
-"""The objective and the step, number by number, against plain calculations written out here."""
+"""The losses, the step and a whole run, number by number, against plain calculations."""
 
 import copy
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(*options: str):
-    """Options of a run so small that a step takes milliseconds, completed as main does."""
+    """Options of a run so small that a step takes milliseconds."""
     words = "--ngf 4 --ndf 4 --n_residual_blocks 1 --size 32 --load_size 36 --n_epochs 2"
     return train.parse_args([*words.split(), *options])
 
@@ -34,7 +34,7 @@ def double(model: CycleGAN) -> CycleGAN:
     """In float64 rounding cannot hide a wrong formula.
 
     Biases before an InstanceNorm have a gradient of exactly zero; what float32 leaves of it is
-    noise, which Adam blows up to full steps (of no effect on any picture).
+    noise, which Adam turns into full steps (of no effect on any picture).
     """
     for net in model.networks().values():
         net.double()
@@ -246,13 +246,13 @@ def test_buffer_fills_then_swaps_half_the_time():
     swaps = 0
     for i in range(50, 1050):
         before = [float(image) for image in buffer.images]
-        given = float(buffer.query(torch.full((1, 1, 1, 1), float(i))))
+        returned = float(buffer.query(torch.full((1, 1, 1, 1), float(i))))
         after = [float(image) for image in buffer.images]
-        if given == i:
+        if returned == i:
             assert after == before  # returned, not stored
         else:
-            assert before.count(given) == 1  # an old one is returned, the new one has its place
-            assert after == [float(i) if value == given else value for value in before]
+            assert before.count(returned) == 1  # an old one is returned, the new one has its place
+            assert after == [float(i) if value == returned else value for value in before]
             swaps += 1
     assert 430 < swaps < 570
 
@@ -302,7 +302,7 @@ def test_bf16_step_is_close_to_float32():
 
 
 def test_classic_is_short_for_its_options():
-    """`--classic` is as if its options were typed; what is typed beside it goes first."""
+    """`--classic` is as if its options were typed; explicit options override it."""
     classic = train.parse_args(["--demo", "--classic", "--lr", "0.001"])
     assert (classic.batch_size, classic.id_every, classic.ema, classic.lr) == (1, 1, 0, 0.001)
     assert classic.n_epochs == train.DEMO["n_epochs"]  # the networks and the time of the demo
@@ -327,7 +327,7 @@ def test_presets_give_way_to_what_is_typed():
 def test_a_run_is_the_plain_loop(dataroot, tmp_path):
     """Two epochs of train.py end with the weights and the log of a loop written out here.
 
-    Order, crops, flips, the schedule and the averages, in plain words; five pictures of A, four of
+    Order, crops, flips, the schedule and the averages, written out; five pictures of A, four of
     B, batches of two, so that the last of an epoch is filled from its start.
     """
     words = "--n_epochs 2 --decay_epoch 1 --batch_size 2 --pool_size 3 --ema 0.9 --seed 4"

@@ -105,7 +105,7 @@ def read(path):
 
 
 def round_trip(model, workdir, nets=None, options=()):
-    """What test.py writes from the checkpoints is what the generators in memory draw."""
+    """What test.py writes from the checkpoints is what the generators in memory give."""
     typed = ["--workdir", str(workdir), "--amp", "off", "--device", "cpu", *options]
     assert test_script.main(test_script.parse_args(typed)) == 0
     args, nets = model.args, nets or model.best_generators()
@@ -127,7 +127,7 @@ def round_trip(model, workdir, nets=None, options=()):
             written = read(workdir / "outputs" / out / (source.stem + suffix))
             most = np.iinfo(written.dtype).max
             assert written.shape == y.shape
-            assert written.std() > 0.01 * most, "a generator that draws nothing proves nothing"
+            assert written.std() > 0.01 * most, "an even picture proves nothing"
             assert np.abs(written - (y + 1) * (most / 2)).max() <= max(0.6, most * 1e-4)
     return workdir / "outputs"
 
@@ -506,7 +506,7 @@ def test_pool_size(run, rgb, size):
 
 def test_without_a_pool_the_discriminators_see_the_new_fakes(monkeypatch):
     model = make_model("--pool_size 0")
-    made, judged = [], []
+    made, seen = [], []
     generator_losses, discriminator_losses = model.generator_losses, model.discriminator_losses
 
     def note_made(A, B):
@@ -515,15 +515,15 @@ def test_without_a_pool_the_discriminators_see_the_new_fakes(monkeypatch):
         return result
 
     def note_judged(A, fake_A, B, fake_B):
-        judged.append((fake_A, fake_B))
+        seen.append((fake_A, fake_B))
         return discriminator_losses(A, fake_A, B, fake_B)
 
     monkeypatch.setattr(model, "generator_losses", note_made)
     monkeypatch.setattr(model, "discriminator_losses", note_judged)
     for _ in range(4):
         model.step([tuple(random_pictures())])
-    for new, seen in zip(made, judged, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(new, seen, strict=True))
+    for new, used in zip(made, seen, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(new, used, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -641,14 +641,14 @@ def test_init_from_our_own_weights(run, rgb, tmp_path):
         )
 
 
-@pytest.mark.parametrize("judges", [True, False])
-def test_init_from_the_reference_repo(run, rgb, tmp_path, judges):
-    """Its D_A is the judge of B: there, D_A is what G_A plays against."""
+@pytest.mark.parametrize("discriminators", [True, False])
+def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
+    """Its D_A sees B: there, D_A is what G_A plays against."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     theirs = make_model("--seed 9 --init_gain 0.5").networks()
     names = {"netG_A2B": "G_A", "netG_B2A": "G_B"}
-    names |= {"netD_B": "D_A", "netD_A": "D_B"} if judges else {}
+    names |= {"netD_B": "D_A", "netD_A": "D_B"} if discriminators else {}
     for name, published in names.items():
         torch.save(theirs[name].state_dict(), folder / f"latest_net_{published}.pth")
     model = run(rgb, f"--init_from {folder} --lr 0")

@@ -335,13 +335,12 @@ def test_wrong_weights(dataroot, tmp_path, capsys):
     """Checkpoints that are sound, but of something else."""
     net = make_generator("resnet_9blocks", 3, 3, 1, ngf=2).state_dict()
     wider = make_generator("resnet_9blocks", 3, 3, 1, ngf=4).state_dict()
-    judge = Discriminator(ndf=2).state_dict()
     wrong = {
         "one weight of another shape": {**net, "model.4.weight": torch.zeros(4, 2, 5, 5)},
         "one weight is missing": {k: v for k, v in net.items() if k != "model.7.bias"},
         "one weight too many": {**net, "extra.weight": torch.zeros(3)},
         "a vector for a kernel": {**net, "model.26.weight": torch.zeros(3)},
-        "a discriminator": judge,
+        "a discriminator": Discriminator(ndf=2).state_dict(),
         "a stranger": {"layer.weight": torch.zeros(3, 3)},
         "no weights": {"epoch": 3},
         "nothing": {},
