@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,9 +242,10 @@ class Domain:
         skip_log: Path,
         axis: int = -1,
         limits: tuple[float, float] | None = None,
+        excluded: Sequence[str] = (),
     ):
         self.folder = find_split(dataroot, split)
-        self.names = list_images(self.folder)
+        self.names = [name for name in list_images(self.folder) if name not in set(excluded)]
         counts = [formats.count(self.folder / name, axis) for name in self.names]
         self.ends = np.cumsum(counts)  # of each file's pictures, so that a slice is found by number
         self.channels, self.options, self.skip_log = channels, options, skip_log

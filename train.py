@@ -246,9 +246,15 @@ class CycleGAN:
 def load_data(args) -> datasets.UnpairedImages:
     """The training set, in memory if it fits."""
     skip_log, (first, second) = args.workdir / "logs" / "skipped.txt", args.direction.split("to")
-    common = args, skip_log, args.axis
-    A = datasets.Domain(args.dataroot, f"train{first}", args.input_nc, *common, args.range_A)
-    B = datasets.Domain(args.dataroot, f"train{second}", args.output_nc, *common, args.range_B)
+    common, options = (args, skip_log, args.axis), vars(args)
+    aside = [validation.held_out(args.dataroot, domain, options) for domain in "AB"]
+    A, B = (
+        datasets.Domain(args.dataroot, f"train{letter}", channels, *common, limits, excluded)
+        for letter, channels, limits, excluded in (
+            (first, args.input_nc, args.range_A, aside[0]),
+            (second, args.output_nc, args.range_B, aside[1]),
+        )
+    )
     for name, domain in (("range_A", A), ("range_B", B)):  # by which test.py returns to units
         args.options[name] = vars(args)[name] = domain.limits and list(domain.limits)
     share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -384,7 +390,7 @@ FIXED += ("axis",)
 
 RANGES = {  # low <= value < high
     "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
-    "output_nc log_every sample_every id_every": (1, math.inf),
+    "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
     "lambda_id init_gain": (0, math.inf),
     "ema beta1": (0, 1),
@@ -424,7 +430,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--save_minutes", 10.0, "save this often within an epoch too")
     add(g, "--log_every", 50, "iterations between rows of logs/losses.csv")
     add(g, "--sample_every", 100, "iterations between images/latest.png")
-    add(g, "--eval_every", 0, "epochs between measurements on the test split; 0: never")
+    add(g, "--eval_every", 0, "epochs between measurements that choose models/best/; 0: never")
+    add(g, "--n_val", 16, "pictures of each domain set aside for them if there is no valA, valB")
     add(g, "--no_tensorboard", False, "write no TensorBoard files")
 
     g = parser.add_argument_group("schedule")
@@ -603,7 +610,7 @@ def main(args: argparse.Namespace) -> int:
         args.options["n_epochs"] = args.n_epochs
     args.decay_epoch = args.n_epochs // 2 if args.decay_epoch is None else args.decay_epoch
     check_options(args)
-    for split in ("trainA", "trainB", *(("testA", "testB") if args.eval_every else ())):
+    for split in ("trainA", "trainB"):
         datasets.find_split(args.dataroot, split)
     for name in ("dataset", "models", "images", "logs", "outputs", "result"):
         folder = utils.make_folder(args.workdir / name)

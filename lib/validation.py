@@ -1,31 +1,53 @@
 """Measure generators during training, on pictures that they have not seen."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import datasets
 from lib import metrics
 from lib import translation as tr
+from lib.translation import find_pairs, find_split
 from utils import UserError
+
+
+def held_out(dataroot: Path, domain: str, options: dict) -> list[str]:
+    """Return the names of training pictures that are set aside to choose weights by.
+
+    With `--eval_every` and no val split: `--n_val` of them, a quarter at most, by the seed alone.
+    """
+    if not options["eval_every"]:
+        return []
+    with contextlib.suppress(UserError):
+        find_split(dataroot, "val", domain, options)
+        return []
+    names = datasets.list_images(find_split(dataroot, "train", domain, options))
+    if len(names) < 2:
+        raise UserError(f"--eval_every needs two training pictures or more, but {domain} has one")
+    rng = np.random.default_rng((options["seed"], ord(domain)))
+    n = min(options["n_val"], max(1, len(names) // 4))
+    return sorted(rng.permutation(names)[:n].tolist())
 
 
 def find_pictures(dataroot: Path, options: dict) -> dict[str, list[tuple[Path, Path | None]]]:
     """Return for A2B and B2A the pictures to choose weights by, each with its ground truth or None.
 
-    They are the val split's, or the test split's where there is none.
+    They are the val split's, or those of `held_out` where there is none; never the test split's.
     """
-    try:
-        folders = {domain: tr.find_split(dataroot, "val", domain, options) for domain in "AB"}
-    except UserError:
-        folders = {domain: tr.find_split(dataroot, "test", domain, options) for domain in "AB"}
+    aside = {domain: held_out(dataroot, domain, options) for domain in "AB"}
+    split = "train" if aside["A"] or aside["B"] else "val"
+    folders = {domain: find_split(dataroot, split, domain, options) for domain in "AB"}
     pairs = {}
     for direction in ("A2B", "B2A"):
         source, target = folders[direction[0]], folders[direction[-1]]
-        pairs[direction] = [
-            (source / name, Path(truth) if truth else None)
-            for name, truth in tr.find_pairs(source, target)
-        ]
+        if split == "train":
+            pairs[direction] = [(source / name, None) for name in aside[direction[0]]]
+        else:
+            found = find_pairs(source, target)
+            pairs[direction] = [(source / n, Path(truth) if truth else None) for n, truth in found]
     return pairs
 
 
@@ -48,10 +70,11 @@ def measure(
         load = lambda path, channels=net.input_nc, limits=limits: tr.prepare(
             path, channels, options, None, limits
         )
-        sums, cycle = np.zeros((2, 2, 2)), []
+        sums, cycle, fakes = np.zeros((2, 2, 2)), [], []
         sources = [source for source, _ in files]
         for i, source, fake in tr.translate_files(net, sources, load, 1, device, dtype):
             if fake is not None:
+                fakes.append(as_pixels(fake, options["size"]))
                 (rec,) = tr.translate_batch(back, [fake], device, dtype)
                 difference = datasets.to_tensor(rec) - datasets.to_tensor(source)
                 cycle.append(float(difference.abs().mean()) * 127.5)
@@ -61,8 +84,29 @@ def measure(
         found, identity = map(metrics.masked_errors, sums)
         found |= {f"identity_{name}": value for name, value in identity.items()}
         found["cycle"] = float(np.mean(cycle)) if cycle else float("nan")
+        targets = [source for source, _ in pairs[direction[::-1]]]
+        load = lambda path, channels=net.output_nc, limits=target_limits: tr.prepare(
+            path, channels, options, None, limits
+        )
+        reals = [as_pixels(picture, options["size"]) for picture in load_all(targets, load)]
+        if fakes and reals:
+            patches = [metrics.sample_patches(pictures) for pictures in (fakes, reals)]
+            found["swd"] = metrics.sliced_wasserstein(*patches)
         measures |= {f"{name}_{direction}": value for name, value in found.items()}
         scores.append(found.get("mae", found["cycle"]))
     for net in training:
         net.train()
     return measures, sum(scores) / len(scores)
+
+
+def load_all(paths: list[Path], load: Callable) -> Iterator[np.ndarray]:
+    """Yield the pictures (H, W, C) that can be read."""
+    for path in paths:
+        with contextlib.suppress(datasets.UnreadableImage):  # the training set reports it
+            yield load(path)
+
+
+def as_pixels(picture: np.ndarray, size: int) -> torch.Tensor:
+    """Return a picture (H, W, C) of any type as an RGB tensor (3, size, size), uint8."""
+    pixels = datasets.resize(np.array(datasets.to_rgb(picture)), (size, size))
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)

@@ -1,6 +1,7 @@
 """The losses, the step and a whole run, number by number, against plain calculations."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import datasets
 import train
-from lib import validation
+from lib import translation, validation
 from lib.logger import Logger, read_csv
 from tools.bench import Plain
 from train import CycleGAN, gan_loss
@@ -403,9 +404,39 @@ def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
             last = torch.load(tmp_path / "models" / other, weights_only=True)
             assert not all(torch.equal(best[key], value) for key, value in last.items())
     assert tiny_runs.read_state(tmp_path)["best"] == 1.0
-    assert len(training) == 15 and all(training)
+    assert len(training) == 12 and all(training)  # one of five pictures is set aside
     log = read_csv(tmp_path / "logs" / "metrics.csv")
-    assert log == {"epoch": [1, 2, 3], "iteration": [5, 10, 15], "cycle_A2B": [0.5] * 3}
+    assert log == {"epoch": [1, 2, 3], "iteration": [4, 8, 12], "cycle_A2B": [0.5] * 3}
+
+
+def test_weights_are_chosen_on_pictures_set_aside(dataroot, tmp_path, monkeypatch):
+    """Neither test pictures nor those trained on are measured; a val split is, if there is one."""
+    measured, trained = [], []
+    translate_files, read = translation.translate_files, datasets.Domain.read
+
+    def spy(net, paths, *more):
+        measured.extend(paths)
+        return translate_files(net, paths, *more)
+
+    def spy_read(domain, i):
+        trained.append(domain.folder / domain.names[i])
+        return read(domain, i)
+
+    monkeypatch.setattr(translation, "translate_files", spy)
+    monkeypatch.setattr(datasets.Domain, "read", spy_read)
+    assert tiny_runs.run(dataroot, tmp_path / "a", "--eval_every 1 --n_epochs 1") == 0
+    assert {path.parent.name for path in measured} == {"trainA", "trainB"} and len(measured) == 2
+    assert len(set(trained)) == 4 + 3 and not set(trained) & set(measured)
+    log = read_csv(tmp_path / "a" / "logs" / "metrics.csv")
+    assert {"cycle_A2B", "swd_A2B", "cycle_B2A", "swd_B2A"} <= log.keys()
+
+    root = shutil.copytree(dataroot, tmp_path / "data")
+    for letter in "AB":
+        (root / f"test{letter}").rename(root / f"val{letter}")
+    measured.clear()
+    trained.clear()
+    assert tiny_runs.run(root, tmp_path / "b", "--eval_every 1 --n_epochs 1") == 0
+    assert {path.parent.name for path in measured} == {"valA", "valB"} and len(set(trained)) == 9
 
 
 @pytest.mark.parametrize(
