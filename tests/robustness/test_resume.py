@@ -472,13 +472,26 @@ def test_killed_between_two_renames(dataroot, tmp_path, capsys, stop_at):
     assert differences(wanted, outcome(tmp_path / "run")) == []
 
 
-def test_killed_before_the_networks_were_exported(dataroot, tmp_path):
-    run(dataroot, tmp_path, "--n_epochs 1")
-    wanted = outcome(tmp_path)
-    for path in (tmp_path / "models").glob("net*.pth"):
-        path.unlink()
-    assert resume(tmp_path) == 0
-    assert differences(wanted, outcome(tmp_path)) == []
+def test_killed_while_the_networks_are_exported(dataroot, tmp_path, monkeypatch):
+    """The state gets its name last: beside a state of that name are its networks."""
+    workdir, save_json = tmp_path / "run", utils.save_json
+
+    def die(path, content):  # the last file before the state gets its name
+        if read_state(workdir)["iteration"] == 5:
+            raise KeyboardInterrupt
+        save_json(path, content)
+
+    options = "--n_epochs 2 --lr_policy constant"
+    wanted = undisturbed(dataroot, options, tmp_path / "whole")
+    assert run(dataroot, workdir, options + " --n_epochs 1") == 0
+    monkeypatch.setattr(utils, "save_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        resume(workdir, "--n_epochs 2")
+    assert (workdir / "models" / "train_state.new.pth").exists()
+    assert read_state(workdir)["iteration"] == 5
+    monkeypatch.setattr(utils, "save_json", save_json)
+    assert resume(workdir, "--n_epochs 2") == 0
+    assert differences(wanted, outcome(workdir)) == []
 
 
 def test_torn_logs(dataroot, tmp_path, stop_at):
