@@ -81,7 +81,6 @@ def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
 # Sample grids
 
 UNCHANGED = 0.5  # mean |G(x) - x| of 255 under which nothing is translated
-TITLES = ("real A", "fake B", "recovered A", "real B", "fake A", "recovered B")
 
 
 def load_samples(args, letter: str, channels: int, limits=None, n: int = 4) -> torch.Tensor:
@@ -102,27 +101,33 @@ def load_samples(args, letter: str, channels: int, limits=None, n: int = 4) -> t
     return torch.stack(pictures)
 
 
-def generate_samples(model, real_A: torch.Tensor, real_B: torch.Tensor) -> list[torch.Tensor]:
-    """The columns named in TITLES, each (n, C, H, W), on the host."""
+def generate_samples(model, real_A: torch.Tensor, real_B: torch.Tensor) -> dict:
+    """The columns of a grid by their titles, each (n, C, H, W), on the host.
+
+    With `--keep_source` also where and how much the picture was changed: black is not at all.
+    """
     A2B, B2A = model.best_generators().values()
-    columns = []
-    for real, net, back in ((real_A, A2B, B2A), (real_B, B2A, A2B)):
+    columns = {}
+    for A, B, real, net, back in (("A", "B", real_A, A2B, B2A), ("B", "A", real_B, B2A, A2B)):
         fake = translate(net, real.to(model.device), model.dtype)
-        columns += [real, fake.cpu(), translate(back, fake, model.dtype).cpu()]
+        columns |= {f"real {A}": real, f"fake {B}": fake.cpu()}
+        if model.args.keep_source:
+            columns[f"change of {A}"] = (fake.cpu() - real).abs().mean(1, keepdim=True) * 2 - 1
+        columns[f"recovered {A}"] = translate(back, fake, model.dtype).cpu()
     return columns
 
 
-def draw_grid(columns: list[torch.Tensor]) -> Image.Image:
+def draw_grid(columns: dict) -> Image.Image:
     """The columns of `generate_samples` side by side, under their titles."""
-    rows = zip(*columns, strict=False)  # of six pictures
+    rows = zip(*columns.values(), strict=False)
     cells = [datasets.to_rgb(datasets.to_array(picture)) for row in rows for picture in row]
     side = cells[0].width * -(-128 // cells[0].width)  # small pictures are shown larger
     cells = [np.array(cell.resize((side, side), Image.Resampling.NEAREST)) for cell in cells]
-    grid = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # (6 n, 3, side, side)
-    grid = make_grid(grid, nrow=6, padding=4, pad_value=255)
+    grid = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # (cells, 3, side, side)
+    grid = make_grid(grid, nrow=len(columns), padding=4, pad_value=255)
     image = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
     image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, 16))
-    for i, title in enumerate(TITLES):
+    for i, title in enumerate(columns):
         x = 4 + i * (side + 4) + side / 2
         ImageDraw.Draw(image).text((x, 10), title, "#333333", anchor="mm", font_size=12)
     return image
@@ -214,7 +219,7 @@ class Logger:
             paths = [self.args.workdir / "images" / f"{name}.png" for name in names]
             self.thread.submit(self.write_grid, columns, paths, model.iteration)
 
-    def write_grid(self, columns: list[torch.Tensor], paths: list[Path], iteration: int) -> None:
+    def write_grid(self, columns: dict, paths: list[Path], iteration: int) -> None:
         grid = draw_grid(columns)
         for path in paths:
             utils.save_picture(path, grid)
