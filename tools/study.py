@@ -2,9 +2,9 @@
 
     python -m tools.study --recipe default="--demo" --recipe classic="--demo --classic" --seeds 5
 
-Each run is train.py, test.py and evaluate.py, in a folder of its own under `study/`. Stopped at any
-point and started again, it goes on where it was: finished runs are kept, a broken-off one is
-resumed. The table holds every finished run in the folder, whichever call asked for it.
+Each run is train.py, test.py and tools/evaluate.py, in its own folder under `study/`. The same
+command again continues: finished runs are kept, an unfinished one is resumed. The table holds every
+finished run in the folder.
 """
 
 import argparse
@@ -37,11 +37,7 @@ MEASURES = (
 
 
 def run_script(name: str, folder: Path, options: list[str], threads: int) -> None:
-    """Run a script of this folder as its own process; what it prints goes to `output.txt`.
-
-    Raises:
-        UserError: it ended with another code than 0.
-    """
+    """Run a script as its own process, its output to `output.txt`; UserError if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     with open(folder / "output.txt", "ab") as output:
         command = [sys.executable, "-m", name, *options, "--workdir", folder]
