@@ -80,7 +80,7 @@ def test_runs_and_goes_on(tmp_path, monkeypatch):
         study.main(study.parse_args(words))
 
 
-def test_a_failed_run_is_told(tmp_path):
+def test_a_failed_run_is_reported(tmp_path):
     words = ["--recipe", f"one=--dataroot {tmp_path / 'nothing'}", "--seeds", "1"]
     words += ["--folder", str(tmp_path / "runs"), "--workdir", str(tmp_path)]
     with pytest.raises(UserError, match="output.txt"):
