@@ -284,16 +284,20 @@ def write_picture(paths, source: Pictures, pictures: Iterator, limits, note: str
 
 
 @functools.lru_cache(maxsize=64)
-def open_nifti(path: Path, changed: int):
-    """The image of a file without its data, with what is known about places in its gzip stream."""
-    return need("nibabel", "NIfTI").load(path)
+def open_nifti(path: Path, changed: int) -> tuple:
+    """The image of a file, and a proxy of its data: at least three dimensions, nothing read yet.
+
+    The proxy remembers places in the gzip stream, so that it is kept.
+    """
+    image = need("nibabel", "NIfTI").load(path)
+    return image, image.dataobj.reshape((*image.shape, 1)[: max(3, len(image.shape))])
 
 
 def read_nifti(paths: list[Path], channels: int, axis: int) -> Pictures:
     """The slices of a volume across `axis`; of a fourth dimension, the channels."""
     (path,) = paths
-    image = open_nifti(path, path.stat().st_mtime_ns)
-    dtype, shape = image.get_data_dtype(), (*image.shape, 1)[: max(3, len(image.shape))]
+    image, data = open_nifti(path, path.stat().st_mtime_ns)
+    dtype, shape = image.get_data_dtype(), data.shape
     if dtype.kind not in "iuf" or len(image.shape) < 2:
         raise UnreadableImage(f"it holds {dtype} of shape {image.shape}, not a volume of numbers")
     promised = math.prod(int(n) for n in shape) * dtype.itemsize
@@ -303,7 +307,6 @@ def read_nifti(paths: list[Path], channels: int, axis: int) -> Pictures:
     axis = range(3)[axis]
     height, width = (n for i, n in enumerate(shape[:3]) if i != axis)
     check_size(height, width, math.prod(shape[3:]), channels)
-    data = image.dataobj.reshape(shape)  # a proxy: nothing is read yet
 
     def get(i: int) -> np.ndarray:
         plane = np.asarray(data[(*[slice(None)] * axis, i)])
