@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lib import formats
 from lib.formats import UnreadableImage
-from utils import UserError
+from utils import UserError, worker_context
 
 EXTENSIONS = formats.PICTURES + formats.UNITS
 LONGEST_NAME = 255  # bytes; the limit of common file systems
@@ -393,6 +393,7 @@ def make_loader(data: UnpairedImages, sampler: RunSampler, workers: int, pin: bo
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=ignore_signals,
+        multiprocessing_context=worker_context() if workers else None,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),
     )

@@ -56,7 +56,8 @@ class CycleGAN:
 
     def __init__(self, args, device: torch.device, dtype=None, rank=0, world_size=1):
         """`args`: the options of `parse_args`; `dtype`: autocast precision, None for float32."""
-        self.args, self.device, self.dtype, self.world_size = args, device, dtype, world_size
+        self.args, self.device, self.dtype = args, device, dtype
+        self.rank, self.world_size = rank, world_size
         self.iteration, self.layout = 0, utils.memory_layout(device)
         self.batched = args.norm != "batch"  # batch statistics of two kinds of picture must not mix
         torch.manual_seed(args.seed)
@@ -78,7 +79,7 @@ class CycleGAN:
             average.requires_grad_(False).eval()
         if args.compile:
             for net in self.networks().values():
-                net.compile()  # in place: the names of the weights stay as they are
+                net.compile(dynamic=False)  # in place: the names of the weights stay
 
         adam = {"lr": args.lr, "betas": (args.beta1, 0.999)}
         adam["fused"] = device.type in ("cpu", "cuda")  # one pass over memory; the same numbers
@@ -96,8 +97,9 @@ class CycleGAN:
         return {name: vars(self)[name] for name in ("netG_A2B", "netG_B2A", "netD_A", "netD_B")}
 
     def best_generators(self) -> dict[str, nn.Module]:
-        """The moving averages where there are any, else the generators themselves."""
-        return self.averages or {"netG_A2B": self.netG_A2B, "netG_B2A": self.netG_B2A}
+        """The moving averages where there are any, else the generators; not compiled."""
+        generators = {"netG_A2B": self.netG_A2B, "netG_B2A": self.netG_B2A}
+        return self.averages or {name: copy.copy(net) for name, net in generators.items()}
 
     def forward_pair(self, net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple:
         """net(x) and net(y), in one batch where that computes the same: it is faster."""
@@ -271,7 +273,7 @@ def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> fl
     pairs = validation.find_pictures(args.dataroot, options)
     metrics, score = validation.measure(nets, pairs, options, model.device, model.dtype)
     log.log("metrics", {"epoch": epoch, "iteration": model.iteration, **metrics})
-    if best is None or score < best:
+    if model.rank == 0 and (best is None or score < best):
         folder = utils.make_folder(args.workdir / "models" / "best")
         for name, net in nets.items():
             utils.save_tensors(folder / f"{name}.pth", net.state_dict())
@@ -281,12 +283,13 @@ def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> fl
 
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
-    device, dtype, rank, world_size = utils.setup(args)
+    whole = args.preprocess in ("none", "scale_width")
+    device, dtype, rank, world_size = utils.setup(args, fixed_sizes=not whole)
     data = load_data(args)
     model = CycleGAN(args, device, dtype, rank, world_size)
     progress = {"epoch": 0, "sample": 0, "seconds": 0.0, "best": None}
     if state:
-        checkpoint.restore(model, state, rank)
+        checkpoint.restore(model, state)
         progress = {name: state[name] for name in progress}
         if progress["sample"] >= len(data):  # there are fewer pictures now
             progress.update(epoch=progress["epoch"] + 1, sample=0)
@@ -345,10 +348,9 @@ def train(args, state: dict | None) -> int:
                     samples = (n_steps - first) * per_step
                     log.log_epoch(epoch + 1, n_steps, samples, losses, lr)
                     progress.update(epoch=epoch + 1, sample=0)
-                    if args.eval_every and (epoch + 1) % args.eval_every == 0 and rank == 0:
+                    if args.eval_every and (epoch + 1) % args.eval_every == 0:
                         progress["best"] = evaluate(model, log, epoch + 1, progress["best"])
-                due = saver.minutes() > args.save_minutes
-                stopping, due = utils.agree(world_size, stop.signal, due)
+                stopping, due = stop.agree(saver.minutes() > args.save_minutes)
                 if last or due or stopping:
                     saver.save(model, progress)
                     log.plot()
@@ -357,7 +359,7 @@ def train(args, state: dict | None) -> int:
             if stopping:
                 break
             first = 0
-    utils.agree(world_size, 0)  # the other ranks wait until all is on disk
+    utils.all_ranks(True)  # all is on disk
     if not stopping:
         return 0
     log.print(
@@ -382,6 +384,8 @@ DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4, "keep_sourc
 
 # what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
 CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0, "keep_source": False}
+
+FOLDERS = ("dataset", "models", "images", "logs", "outputs", "result")  # in --workdir
 
 # what a resume cannot change, because the saved weights would not fit or would mean something else
 FIXED = ("netG", "n_residual_blocks", "ngf", "upsample", "norm", "dropout", "netD", "n_layers_D")
@@ -423,7 +427,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(g, "--workdir", Path("."), "where models/, images/, logs/, outputs/, result/ go")
     exclusive = g.add_mutually_exclusive_group()
-    add(exclusive, "--resume", False, "go on with the run in --workdir")
+    words = "go on with the run in --workdir; auto: start one if there is none"
+    exclusive.add_argument(
+        "--resume", nargs="?", default=False, const=True, choices=["auto"], help=words
+    )
     add(exclusive, "--restart", False, "overwrite the run in --workdir")
     add(g, "--init_from", None, "folder of weights to start from (fine-tuning)", type=Path)
     add(g, "--seed", 0, "of weights, order and crops")
@@ -576,7 +583,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(sentence)
 
 
-def check_saved(args: argparse.Namespace, saved: dict, is_main: bool) -> None:
+def check_saved(args: argparse.Namespace, saved: dict) -> None:
     """Print which options differ from the saved run's; UserError where its weights forbid it."""
     for name, old in saved.items():
         new = args.options.get(name)
@@ -585,23 +592,20 @@ def check_saved(args: argparse.Namespace, saved: dict, is_main: bool) -> None:
                 f"--{name} is {old} in the run in {args.workdir} and cannot become {new}: its "
                 "weights would not fit; start another run in another --workdir"
             )
-        if new != old and is_main:
+        if new != old:
             print(f"--{name} is now {new} (the run had {old})")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Train as the options say; returns 0, or 130 / 143 after Ctrl-C / SIGTERM."""
-    is_main, state = int(os.environ.get("RANK", 0)) == 0, None
-    if args.resume:
-        state = checkpoint.load_run(args.workdir)
-        args = parse_args(args.argv, state["args"])
-        check_saved(args, state["args"], is_main)
-    elif is_main and not args.restart and checkpoint.exists(args.workdir):
+def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
+    """Check and complete the options, draw the demo set, make the folders and clean them up."""
+    if saved is not None:
+        check_saved(args, saved)
+    elif not args.restart and checkpoint.exists(args.workdir):
         raise UserError(
             f"{args.workdir / 'models'} already holds a run: --resume goes on with it, --restart "
             "overwrites it, another --workdir leaves it alone"
         )
-    if args.demo and is_main and not args.dataroot.exists():
+    if args.demo and not args.dataroot.exists():
         draw_demo(args.dataroot)
     if args.quick and args.n_epochs == 0:
         folders = [datasets.find_split(args.dataroot, f"train{letter}") for letter in "AB"]
@@ -612,18 +616,31 @@ def main(args: argparse.Namespace) -> int:
     check_options(args)
     for split in ("trainA", "trainB"):
         datasets.find_split(args.dataroot, split)
-    for name in ("dataset", "models", "images", "logs", "outputs", "result"):
-        folder = utils.make_folder(args.workdir / name)
-        if is_main:
-            utils.remove_temporary_files(folder)
-    if args.restart and is_main:
+    for name in FOLDERS:
+        utils.remove_temporary_files(utils.make_folder(args.workdir / name))
+    if args.restart and saved is None:
         checkpoint.clear_run(args.workdir)
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train as the options say; returns 0, or 130 / 143 after Ctrl-C / SIGTERM."""
+    (rank, _), state, saved = utils.join_processes(), None, None
+    auto = args.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if args.resume is True or (auto and utils.on_main(lambda: checkpoint.exists(args.workdir))):
+        state = checkpoint.load_run(args.workdir, rank)
+        saved = state["args"]
+        args = parse_args(args.argv, saved)
+    args = utils.on_main(lambda: prepare(args, saved))
+    for name in FOLDERS:  # where the first rank's disk is not this one's
+        utils.make_folder(args.workdir / name)
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"
     with utils.explain_out_of_memory(advice):
         code = train(args, state)
-    if args.demo and code == 0 and is_main:
+    if args.demo and code == 0 and rank == 0:
         test = [sys.executable, Path(__file__).with_name("test.py"), "--workdir", args.workdir]
-        alone = {name: value for name, value in os.environ.items() if name != "RANK"}
+        ranks = ("RANK", "SLURM_STEP_NUM_TASKS")
+        alone = {name: value for name, value in os.environ.items() if name not in ranks}
         code = subprocess.run(test, env=alone).returncode
     return code
 

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import json
 import math
+import multiprocessing.forkserver
 import os
 import pickle
 import platform
@@ -16,10 +18,11 @@ import tempfile
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -45,6 +48,11 @@ def run(main: Callable, args: argparse.Namespace) -> None:
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         code = 2
+    except RuntimeError as error:
+        if explain(error) is None:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
@@ -53,15 +61,39 @@ def run(main: Callable, args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn the device's out-of-memory error into a UserError that says what would need less."""
+    """Turn a full GPU, or a full machine, into a UserError that says what would need less."""
     try:
         yield
-    except RuntimeError as error:  # the second text is the CPU allocator's
-        full = isinstance(error, torch.cuda.OutOfMemoryError)
+    except RuntimeError as error:  # also of contexts, cuBLAS and NCCL; the last is the CPU's
+        gpu = ("out of memory", "ALLOC_FAILED")
+        full = any(words in str(error) for words in gpu)
         if not full and "can't allocate memory" not in str(error):
             raise
-        where = "GPU" if full else "machine"
-        raise UserError(f"the {where} is out of memory: {advice}") from error
+        raise UserError(f"the {'GPU' if full else 'machine'} is out of memory: {advice}") from error
+
+
+def explain(error: RuntimeError) -> str | None:
+    """A sentence for an error of the GPU or of the connection between ranks, None for others."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    if isinstance(error, torch.AcceleratorError):
+        return f"the GPU failed ({reason}): start again with --resume auto; {gpu_support()}"
+    lost = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if isinstance(error, dist.DistError) or any(words in str(error) for words in lost):
+        return (
+            f"lost another process of this run ({reason}): its own message says why; the same "
+            "command with --resume auto goes on from the last save"
+        )
+    return None
+
+
+def gpu_support() -> str:
+    """For which GPUs this PyTorch was compiled, and what is here."""
+    name, capability = "no GPU", ""
+    with contextlib.suppress(RuntimeError, AssertionError):
+        name = torch.cuda.get_device_name()
+        capability = " (sm_{}{})".format(*torch.cuda.get_device_capability())
+    archs = " ".join(torch.cuda.get_arch_list()) or "no GPU"
+    return f"this PyTorch is compiled for {archs}, and here is {name}{capability}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,47 +258,58 @@ def add_device_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
-def setup(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None, int, int]:
-    """Set up device, precision, backends and processes; every script calls this once, first.
+def setup(args, fixed_sizes: bool = False) -> tuple[torch.device, torch.dtype | None, int, int]:
+    """Set up processes, device, precision and backends; every script calls this once, first.
 
-    `args` holds the options of `add_device_options`. Returns the device, the dtype for autocast
-    (None for float32 throughout), this process's rank and the world size (0 and 1 unless started
-    by torchrun).
+    `args` holds the options of `add_device_options`; `fixed_sizes` says that all batches have the
+    same size. Returns the device, the dtype for autocast (None for float32 throughout), this
+    process's rank and the world size (0 and 1 unless started by torchrun or srun).
 
     Raises:
         UserError: the device cannot be used.
     """
+    rank, world_size = join_processes()
     device = pick_device(args.device, args.cuda)
     dtype = pick_precision(args.amp, device)
-    set_backends(device, dtype)
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":  # gloo too: the stop flag and buffers travel as CPU tensors
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    set_backends(device, dtype, fixed_sizes)
     return device, dtype, rank, world_size
 
 
 def pick_device(name: str | None, cuda: bool = False) -> torch.device:
-    """The device asked for, or the best at hand; under torchrun each rank has its own GPU."""
+    """The device asked for, or the best at hand; each rank of a machine has its own GPU."""
     if name is None:
         mps = torch.backends.mps.is_available()
-        name = "cuda" if cuda or torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if cuda or has_cuda() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)  # no driver, no such GPU, a GPU too old: it fails here
+        with explain_out_of_memory(f"other processes use {name}, see nvidia-smi"):
+            torch.zeros(1, device=device)  # no driver, no such GPU, a GPU too old: it fails here
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"cannot use the device {name} ({str(error).splitlines()[0]}): check the driver "
-            "(nvidia-smi) and that this PyTorch has support for it, or leave out --cuda and "
-            "--device to use what there is"
+            f"cannot use the device {name} ({str(error).splitlines()[0]}; {gpu_support()}): check "
+            "the driver (nvidia-smi), install a PyTorch for this GPU, or compute on the CPU with "
+            "--device cpu"
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def has_cuda() -> bool:
+    """Whether PyTorch can use a CUDA GPU; UserError if there is one that it cannot."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # the first: this PyTorch is without CUDA
+        absent = ("no NVIDIA driver", "No CUDA GPUs", "not compiled")
+        if not any(words in str(error) for words in absent):
+            raise UserError(
+                f"there is a GPU, but PyTorch cannot use it ({str(error).splitlines()[0]}): update "
+                "its driver, install a PyTorch for it, or compute on the CPU with --device cpu"
+            ) from error
+        return False
+    return True
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
@@ -281,10 +324,10 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else None
 
 
-def set_backends(device: torch.device, dtype: torch.dtype | None) -> None:
+def set_backends(device: torch.device, dtype: torch.dtype | None, fixed_sizes=True) -> None:
     """Settings of a GPU's convolutions; `dtype` is that of autocast, None means float32 proper."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes hardly change, so searching once pays
+        torch.backends.cudnn.benchmark = fixed_sizes  # a search for each size: worth it for one
         torch.backends.cudnn.allow_tf32 = dtype is not None
 
 
@@ -311,11 +354,116 @@ def precision_name(dtype: torch.dtype | None) -> str:
     return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def join_processes() -> tuple[int, int]:
+    """Join the other processes of torchrun or srun, if there are any; returns rank and world size.
+
+    Raises:
+        UserError: srun started several, but does not say enough.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            os.environ.update(slurm_ranks(os.environ))
+        if "RANK" not in os.environ:
+            return 0, 1
+        if sys.platform == "linux":  # when the launcher is killed, stop as if it had said so
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        # torchrun keeps its store when it starts ranks again: they must not read old addresses
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if alone else ""
+        timeout = datetime.timedelta(hours=1)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torchrun would set, from those of srun; UserError if some are missing."""
+    try:
+        hosts = environment["SLURM_STEP_NODELIST"]  # gpu[01-04,07],login3: rank 0 is on the first
+        host = re.fullmatch(r"([\w.-]+?)(?:\[(\d+)[\d,-]*\])?(?:,.*)?", hosts)
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0],
+            "MASTER_ADDR": environment.get("MASTER_ADDR", host[1] + (host[2] or "")),
+            "MASTER_PORT": environment.get(
+                "MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
+            ),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "srun started several processes but not all of its variables are set "
+            f"({error}): start one torchrun on each node instead, see docs/distributed.md"
+        ) from error
+
+
+def on_main(function: Callable):
+    """Call `function` on the first rank while the others wait; returns its result on all ranks.
+
+    Its UserError ends all ranks; only the first prints it.
+    """
+    if not dist.is_initialized():
+        return function()
+    box = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [function()]
+        except UserError as error:
+            box = [error]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if isinstance(box[0], UserError):
+        if dist.get_rank() == 0:
+            raise box[0]
+        sys.exit(2)
+    return box[0]
+
+
+def all_ranks(yes: bool) -> bool:
+    """Whether it is so on all ranks; also waits for all of them."""
+    if not dist.is_initialized():
+        return yes
+    shared = torch.tensor(int(yes))
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return bool(shared)
+
+
+def share(files: list) -> list:
+    """This rank's part of a list."""
+    return files[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else files
+
+
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    if dist.is_initialized():
+        dist.all_reduce(torch.from_numpy(values))  # in place
+    return values
+
+
+def worker_context() -> str | None:
+    """How data workers are started: a fork is not safe once there is a process group."""
+    if not dist.is_initialized():
+        return None
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as its workers do, see ignore_signals
+    multiprocessing.forkserver.ensure_running()
+    signal.signal(signal.SIGTERM, before)
+    return "forkserver"
+
+
 class StopRequest:
     """Remembers Ctrl-C or SIGTERM until the iteration is done; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.sent = 0, None
         self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it repeats the signal to us
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -326,18 +474,29 @@ class StopRequest:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\nfinishing this iteration, then saving (Ctrl-C again: stop now)", flush=True)
 
+    def agree(self, due: bool) -> tuple[int, bool]:
+        """The signal that any rank got (0: none), and whether a save is due on any.
+
+        Among several ranks it is what was so at the call before this one: the answer travels
+        during an iteration, so that nobody waits for it.
+        """
+        if not dist.is_initialized():
+            return self.signal, due
+        number, was_due = self.receive()
+        numbers = torch.tensor([self.signal, int(due and not was_due)])  # on the host, by gloo
+        self.sent = numbers, dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
+        return number, bool(was_due)
+
+    def receive(self) -> list[int]:
+        if self.sent is None:
+            return [0, 0]
+        numbers, work = self.sent
+        work.wait()
+        return numbers.tolist()
+
     def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def agree(world_size: int, *numbers: int) -> list[int]:
-    """The largest of each number over all ranks, so that what one has seen, all act upon."""
-    if world_size == 1:
-        return list(numbers)
-    shared = torch.tensor(numbers)
-    dist.all_reduce(shared, dist.ReduceOp.MAX)  # a CPU tensor: gloo, so no wait for the GPU
-    return shared.tolist()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """A run's state in `models/`: gather it, write it in a thread, read it back, start from weights.
 
-`model` is train.py's CycleGAN. `train_state.pth` is all that a resume reads; the networks are
-exported one by one beside it, as plain state_dicts.
+`model` is train.py's CycleGAN. `train_state.pth` is all that a resume reads, but for what each
+further rank has of its own: `rank<r>_<iteration>.pth`. The networks are exported one by one, as
+plain state_dicts.
 """
 
+import contextlib
 import copy
 import os
 import time
@@ -12,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import utils
 from models import LayoutError, generator_from_state, keep_source_state
@@ -30,8 +31,11 @@ class WriterThread:
 
     def submit(self, function: Callable, *arguments) -> None:
         """Wait for the last job, raise what it raised, and begin another."""
-        self.job.result()
+        self.wait()
         self.job = self.pool.submit(function, *arguments)
+
+    def wait(self) -> None:
+        self.job.result()
 
     def close(self) -> None:
         """Wait for the last job and raise what it raised."""
@@ -43,8 +47,22 @@ class WriterThread:
 # Saving: gather the state, copy it to the host, write it in the thread
 
 
-def gather_state(model, rank: int, world_size: int) -> dict:
-    """The state of the model and, on the first rank, of all ranks. Every rank must call it.
+def rank_state(model) -> dict:
+    """What each rank has of its own: image buffers, random states, losses since the last row."""
+    return {
+        "buffer_A": model.buffer_A.state_dict(),
+        "buffer_B": model.buffer_B.state_dict(),
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state() if model.device.type == "cuda" else None,
+        "identity": model.identity,
+        "loss_sums": model.loss_sums,
+        "n_summed": model.n_summed,
+        "iteration": model.iteration,
+    }
+
+
+def gather_state(model) -> dict:
+    """The state of the model and of this rank.
 
     Raises:
         UserError: a weight is not finite.
@@ -55,19 +73,8 @@ def gather_state(model, rank: int, world_size: int) -> dict:
                 f"a weight of {name} is not finite at iteration {model.iteration}: the last good "
                 "state is untouched; --resume from it with a lower --lr or --amp off"
             )
-    mine = {
-        "buffer_A": model.buffer_A.state_dict(),
-        "buffer_B": model.buffer_B.state_dict(),
-        "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state() if model.device.type == "cuda" else None,
-    }
-    ranks = [mine]
-    if world_size > 1:
-        ranks = [None] * world_size if rank == 0 else None
-        dist.gather_object(copy_to_host(mine), ranks)
     state = {name: part.state_dict() for name, part in model.parts().items()}
-    log = {"identity": model.identity, "loss_sums": model.loss_sums, "n_summed": model.n_summed}
-    return {**state, **log, "iteration": model.iteration, "ranks": ranks}
+    return {**state, "iteration": model.iteration, "rank": rank_state(model)}
 
 
 def copy_to_host(x):
@@ -102,8 +109,17 @@ def write_state(workdir: Path, state: dict) -> None:
     utils.sync_folder(folder)
 
 
+def write_rank(workdir: Path, rank: int, state: dict) -> None:
+    """Write what a further rank has of its own, keeping the file before, as `write_state` does."""
+    folder = workdir / "models"
+    utils.save_tensors(folder / f"rank{rank}_{state['iteration']}.pth", state)
+    files = sorted(folder.glob(f"rank{rank}_*.pth"), key=lambda path: path.stat().st_mtime_ns)
+    for path in files[: -2 if state["iteration"] else -1]:
+        path.unlink()
+
+
 class Saver:
-    """Saves a run's state; only the first rank writes."""
+    """Saves a run's state: the first rank all that is the same on all, each rank its own part."""
 
     def __init__(self, args, rank: int, world_size: int):
         self.args, self.rank, self.world_size = args, rank, world_size
@@ -117,10 +133,15 @@ class Saver:
         Raises:
             UserError: a weight is not finite, or the save before this one failed.
         """
-        state = gather_state(model, self.rank, self.world_size)
+        self.thread.wait()
+        utils.all_ranks(True)  # so that the files of all ranks are at most one save apart
+        state = gather_state(model)
         if self.rank == 0:
-            state = copy_to_host({**state, **progress, "args": self.args.options})
-            self.thread.submit(write_state, self.args.workdir, state)
+            state |= {**progress, "args": self.args.options, "world_size": self.world_size}
+            self.thread.submit(write_state, self.args.workdir, copy_to_host(state))
+        else:
+            state = copy_to_host(state["rank"])
+            self.thread.submit(write_rank, self.args.workdir, self.rank, state)
         self.time = time.time()
 
     def minutes(self) -> float:
@@ -136,31 +157,63 @@ class Saver:
 # Loading
 
 
-def load_run(workdir: Path) -> dict:
-    """The newest state of a run that can be read; UserError if there is none."""
-    problems = []
+def read_state(path: Path) -> dict | str:
+    """A run's state, or the reason why it cannot be read."""
+    try:
+        state = utils.load_tensors(path)
+    except UserError as error:
+        return str(error)
+    if not {"netG_A2B", "optimizer_G", "rank", "args", "epoch", "sample"} <= state.keys():
+        return f"{path} is a checkpoint, but not the state of a run of train.py"
+    return state
+
+
+def load_run(workdir: Path, rank: int = 0) -> dict:
+    """The newest state that can be read and that no rank's own part is missing of.
+
+    The first rank reads, the others receive it: they may have another disk, or an older view of
+    the same. A state that is not the newest becomes `train_state.pth`, so that the next save keeps
+    it. Raises UserError if there is none.
+    """
+    folder, problems, usable = workdir / "models", [], []
     for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
-        path = workdir / "models" / name
-        try:
-            state = utils.load_tensors(path)
-            if not {"netG_A2B", "optimizer_G", "ranks", "args", "epoch", "sample"} <= state.keys():
-                raise UserError(f"{path} is a checkpoint, but not the state of a run of train.py")
-            if problems:
-                print(f"{problems[0]}; going on from the other state, {path}")
-            return state
-        except UserError as error:
-            problems.append(str(error))
-    raise UserError(f"cannot resume: {problems[0]}")
+        path = folder / name
+        state = utils.on_main(lambda path=path: read_state(path))
+        if isinstance(state, str):
+            problems.append(state)
+            continue
+        source = rank % state["world_size"]  # there may be more or fewer ranks than there were
+        if source:
+            state["rank"] = read_rank(folder / f"rank{source}_{state['iteration']}.pth")
+        usable.append((path, state))
+        if utils.all_ranks(state["rank"] is not None):
+            usable = usable[-1:]
+            break
+        problems.append(f"{path} is without the files of some of its ranks")
+    if not usable:
+        raise UserError(f"cannot resume: {problems[0]}")
+    path, state = usable[0]
+    if problems and rank == 0:
+        print(f"{problems[0]}; going on from {path}")
+        os.replace(path, folder / "train_state.pth")
+    return state
+
+
+def read_rank(path: Path) -> dict | None:
+    with contextlib.suppress(UserError):
+        return utils.load_tensors(path)
+    return None
 
 
 def exists(workdir: Path) -> bool:
     return any((workdir / "models").glob("train_state*.pth"))
 
 
-def restore(model, state: dict, rank: int) -> None:
+def restore(model, state: dict) -> None:
     """Put a saved state into the model; UserError if it does not fit.
 
     Adam keeps the lr, betas, ... of this run's options, its moments get the weights' memory layout.
+    A rank whose own part is lost keeps its new, empty image buffers.
     """
     try:
         for name, part in model.parts().items():
@@ -170,15 +223,19 @@ def restore(model, state: dict, rank: int) -> None:
                 load_optimizer(part, part_state)
             elif part_state != {}:  # that of the scaler is, if the run was not in fp16 until now
                 part.load_state_dict(part_state)
-        model.iteration, model.n_summed = state["iteration"], state["n_summed"]
-        model.identity = state["identity"].to(model.device)
-        model.loss_sums = state["loss_sums"].to(model.device)
-        mine = state["ranks"][rank % len(state["ranks"])]
-        model.buffer_A.load_state_dict(mine["buffer_A"], model.device)
-        model.buffer_B.load_state_dict(mine["buffer_B"], model.device)
-        torch.set_rng_state(mine["random"])
-        if model.device.type == "cuda" and mine["cuda_random"] is not None:
-            torch.cuda.set_rng_state(mine["cuda_random"])
+        model.iteration, own = state["iteration"], state["rank"]
+        if own is None:
+            print(f"rank {model.rank} starts with empty image buffers: its file is missing")
+            return
+        if own["iteration"] != model.iteration:
+            raise ValueError(f"iterations {model.iteration} and {own['iteration']}")
+        model.identity, model.n_summed = own["identity"].to(model.device), own["n_summed"]
+        model.loss_sums = own["loss_sums"].to(model.device)
+        model.buffer_A.load_state_dict(own["buffer_A"], model.device)
+        model.buffer_B.load_state_dict(own["buffer_B"], model.device)
+        torch.set_rng_state(own["random"])
+        if model.device.type == "cuda" and own["cuda_random"] is not None:
+            torch.cuda.set_rng_state(own["cuda_random"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             "cannot resume: the saved state does not fit its own options, so it is damaged or "
@@ -202,36 +259,45 @@ def load_initial(folder: Path, model) -> None:
     Raises:
         UserError: no generators there, or of another architecture than the options ask for.
     """
+    for name, net in model.networks().items():
+        read = lambda name=name, net=net: read_initial(folder, name, net, model.args.keep_source)
+        weights = utils.on_main(read)
+        if weights is not None:
+            net.load_state_dict(weights)
+            if name in model.averages:
+                model.averages[name].load_state_dict(weights)
+
+
+def read_initial(folder: Path, name: str, net, keep_source: bool) -> dict | None:
+    """The weights for `net` in `folder`; None if they are a discriminator's and not there."""
     known = {"netG_A2B": "latest_net_G_A.pth", "netG_B2A": "latest_net_G_B.pth"}
     known |= {"netD_A": "latest_net_D_B.pth", "netD_B": "latest_net_D_A.pth"}  # theirs is swapped
-    for name, net in model.networks().items():
-        path = folder / f"{name}.pth"
-        path = path if path.exists() else folder / known[name]
-        if not path.exists() and name.startswith("netD"):
-            continue  # published models rarely come with their discriminators
-        if not path.exists():
-            raise UserError(f"--init_from {folder} has neither {name}.pth nor {known[name]}")
-        try:
-            state = utils.load_tensors(path)
-            if name.startswith("netG"):
-                state = generator_from_state(state).state_dict()
-                if model.args.keep_source and "keep_source" not in state:
-                    state = keep_source_state(state)
-            net.load_state_dict(state)
-        except (LayoutError, RuntimeError) as error:
-            raise UserError(
-                f"the weights in {path} do not fit the networks asked for "
-                f"(--netG, --ngf, --norm, ...): {str(error).splitlines()[-1].strip()}"
-            ) from error
-        if name in model.averages:
-            model.averages[name].load_state_dict(net.state_dict())
-        print(f"{name} starts from {path}")
+    path = folder / f"{name}.pth"
+    path = path if path.exists() else folder / known[name]
+    if not path.exists() and name.startswith("netD"):
+        return None  # published models rarely come with their discriminators
+    if not path.exists():
+        raise UserError(f"--init_from {folder} has neither {name}.pth nor {known[name]}")
+    try:
+        state = utils.load_tensors(path)
+        if name.startswith("netG"):
+            state = generator_from_state(state).state_dict()
+            if keep_source and "keep_source" not in state:
+                state = keep_source_state(state)
+        net.load_state_dict(state)
+    except (LayoutError, RuntimeError) as error:
+        raise UserError(
+            f"the weights in {path} do not fit the networks asked for "
+            f"(--netG, --ngf, --norm, ...): {str(error).splitlines()[-1].strip()}"
+        ) from error
+    print(f"{name} starts from {path}")
+    return state
 
 
 def clear_run(workdir: Path) -> None:
     """Delete the run that `workdir` holds (`--restart`)."""
-    old = ["models/train_state*.pth", "models/net*.pth", "models/best/*", "images/*.png"]
-    old += ["logs/losses.*", "logs/metrics.csv", "logs/skipped.txt", "logs/events.*"]
-    old += ["outputs/cycle/*.png", "result/[AB]2[AB]_*.png", "result/metrics.json"]
+    old = ["models/train_state*.pth", "models/net*.pth", "models/rank*.pth", "models/best/*"]
+    old += ["images/*.png", "logs/losses.*", "logs/metrics.csv", "logs/skipped.txt"]
+    old += ["logs/events.*", "outputs/cycle/*.png", "result/[AB]2[AB]_*.png", "result/metrics.json"]
     for path in (path for pattern in old for path in workdir.glob(pattern)):
         path.unlink()

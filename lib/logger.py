@@ -200,6 +200,8 @@ class Logger:
 
     def log_epoch(self, epoch: int, n_steps: int, samples: int, losses: dict, lr: float) -> None:
         """Print the losses, the time that is left, and what the epoch's time went to."""
+        if not self.is_main:
+            return
         seconds = time.time() - self.began
         rate = (self.bar.n - self.bar.initial) / max(self.bar.format_dict["elapsed"], 1e-9)
         eta = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / max(rate, 1e-9)))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import datasets
+import utils
 from lib import metrics
 from lib import translation as tr
 from lib.translation import find_pairs, find_split
@@ -70,20 +71,22 @@ def measure(
         load = lambda path, channels=net.input_nc, limits=limits: tr.prepare(
             path, channels, options, None, limits
         )
-        sums, cycle, fakes = np.zeros((2, 2, 2)), [], []
+        sums, cycle, swd = np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)  # the last two: sum, number
+        files, fakes = utils.share(files), []
         sources = [source for source, _ in files]
         for i, source, fake in tr.translate_files(net, sources, load, 1, device, dtype):
             if fake is not None:
                 fakes.append(as_pixels(fake, options["size"]))
                 (rec,) = tr.translate_batch(back, [fake], device, dtype)
                 difference = datasets.to_tensor(rec) - datasets.to_tensor(source)
-                cycle.append(float(difference.abs().mean()) * 127.5)
+                cycle += float(difference.abs().mean()) * 127.5, 1
                 truth = tr.load_truth(files[i][1], fake, target_limits) if files[i][1] else None
                 if truth is not None:
                     sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
+        sums, cycle = utils.sum_over_ranks(sums), utils.sum_over_ranks(cycle)
         found, identity = map(metrics.masked_errors, sums)
         found |= {f"identity_{name}": value for name, value in identity.items()}
-        found["cycle"] = float(np.mean(cycle)) if cycle else float("nan")
+        found["cycle"] = float(cycle[0] / cycle[1]) if cycle[1] else float("nan")
         targets = [source for source, _ in pairs[direction[::-1]]]
         load = lambda path, channels=net.output_nc, limits=target_limits: tr.prepare(
             path, channels, options, None, limits
@@ -91,7 +94,10 @@ def measure(
         reals = [as_pixels(picture, options["size"]) for picture in load_all(targets, load)]
         if fakes and reals:
             patches = [metrics.sample_patches(pictures) for pictures in (fakes, reals)]
-            found["swd"] = metrics.sliced_wasserstein(*patches)
+            swd += metrics.sliced_wasserstein(*patches), 1
+        swd = utils.sum_over_ranks(swd)
+        if swd[1]:
+            found["swd"] = float(swd[0] / swd[1])  # over ranks, each of its share
         measures |= {f"{name}_{direction}": value for name, value in found.items()}
         scores.append(found.get("mae", found["cycle"]))
     for net in training:

@@ -366,7 +366,7 @@ def test_wrong_weights(dataroot, tmp_path, capsys):
             k: v for k, v in state.items() if k != "netG_B2A"
         },
         "does not fit": {**state, "optimizer_G": {"state": {}, "param_groups": []}},
-        "cannot resume: the saved state": {**state, "ranks": [{}]},
+        "cannot resume: the saved state": {**state, "rank": {}},
     }
     for sentence, content in broken.items():
         (run / "models" / "train_state.prev.pth").unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """A run that is stopped, anyhow and anywhere, loses nothing."""
 
-import contextlib
 import multiprocessing
 import os
 import random
@@ -112,7 +111,7 @@ def test_the_comparison_sees_a_difference(dataroot, tmp_path):
     wanted = undisturbed(dataroot, "--n_epochs 1", tmp_path / "whole")
     run(dataroot, tmp_path / "other", "--n_epochs 1 --seed 1")
     found = differences(wanted, outcome(tmp_path / "other"))
-    assert {".netG_A2B.model.1.weight", ".ranks.0.random"} <= set(found)
+    assert {".netG_A2B.model.1.weight", ".rank.random"} <= set(found)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,78 +277,6 @@ def test_second_interrupt_stops_at_once(dataroot, tmp_path):
     assert process.returncode == 130 and time.time() - began < 10
     assert "Traceback" not in told
     assert read_state(tmp_path)["iteration"] == 0  # as saved before
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def ranks_of(launcher: int) -> list[int]:
-    """The processes that torchrun started, in order of their rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = re.search(r"^PPid:\s+(\d+)", (folder / "status").read_text(), re.M)
-            if parent and int(parent[1]) == launcher:
-                rank = re.search(rb"\0RANK=(\d+)\0", (folder / "environ").read_bytes())
-                if rank:
-                    found[int(rank[1])] = int(folder.name)
-    return [found[rank] for rank in sorted(found)]
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
-@pytest.mark.parametrize("target", ["launcher", "rank 1"])
-def test_ranks_stop_together(target, dataroot, tmp_path, stop_at):
-    command = [*TORCHRUN, ROOT / "train.py", *words(dataroot, tmp_path, "--n_epochs 9000")]
-    process = start(command)
-    try:
-        wait_for(tmp_path / "logs" / "losses.csv", 4, process)
-        pids = ranks_of(process.pid)
-        assert len(pids) == 2
-        os.kill(process.pid if target == "launcher" else pids[1], signal.SIGTERM)
-        told, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    assert f"go on with --workdir {tmp_path} --resume" in told, told
-    assert 'train.py", line' not in told, told  # torchrun's own traceback is not ours
-    state = read_state(tmp_path)
-    assert len(state["ranks"]) == 2
-    assert state["iteration"] == rows(tmp_path)[-1]
-    stop_at(state["iteration"] + 5)
-    assert resume(tmp_path) == 143  # one process goes on with what two began
-    assert rows(tmp_path) == list(range(1, state["iteration"] + 6))
-
-
-def gradients(workdir: Path, optimizer: str) -> torch.Tensor:
-    """Of a run's first step, all in one vector: Adam's first moment is (1 - beta1) times it."""
-    moments = read_state(workdir)[optimizer]["state"].values()
-    return torch.cat([moment["exp_avg"].flatten() for moment in moments]) / (1 - 0.5)
-
-
-def test_two_ranks_are_one_large_batch(tmp_path):
-    data = draw_set(tmp_path / "data", 2, 2)
-    options = "--pool_size 0 --n_epochs 1 --decay_epoch 0"
-    process = start([*TORCHRUN, ROOT / "train.py", *words(data, tmp_path / "two", options)])
-    told, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, told
-    run(data, tmp_path / "one", options + " --batch_size 2")
-    one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
-    assert one["iteration"] == two["iteration"] == 1
-    for optimizer in ("optimizer_G", "optimizer_D"):
-        a, b = gradients(tmp_path / "one", optimizer), gradients(tmp_path / "two", optimizer)
-        assert (a - b).norm() < 2e-6 * a.norm()
-    biases = 0
-    for name, weight in one["netG_A2B"].items():  # biases before a norm move by rounding alone
-        if name.endswith(".weight") or name == "model.15.bias":
-            assert torch.allclose(weight, two["netG_A2B"][name], atol=1e-6), name
-        biases += name.endswith(".bias")
-    assert biases
-    apart, together = (logger.read_csv(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
-    for name in ("D", "G", "adv", "cycle", "identity"):
-        assert apart[name] == pytest.approx(together[name], abs=2e-6)
 
 
 # ------------------------------------------------------------------------------------------------

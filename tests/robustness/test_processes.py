@@ -1,0 +1,310 @@
+"""Runs of several processes, killed, stopped, restarted and moved, end as if undisturbed."""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    ROOT,
+    TINY,
+    differences,
+    draw_set,
+    outcome,
+    plain,
+    read_state,
+    resume,
+    run,
+    words,
+)
+
+import utils
+from lib import logger
+from utils import UserError
+
+LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node=2"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+
+
+def start(*command, env=None, cwd=None, program=(sys.executable,)) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.Popen(
+        [*program, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=cwd,
+    )
+
+
+def torchrun(workdir: Path, options: str, launcher: str = "", env=None) -> subprocess.Popen:
+    launcher = launcher or "--standalone --nproc_per_node=2"
+    command = f"-m torch.distributed.run {launcher} {ROOT}/train.py {TINY} --workdir {workdir}"
+    return start(*command.split(), *options.split(), env=env)
+
+
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 100) -> str:
+    with contextlib.closing(process.stdout):
+        text, _ = process.communicate(timeout=seconds)
+    assert process.returncode == code, text
+    return text
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """The process ids that a torchrun started, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = re.search(r"^PPid:\s+(\d+)", (folder / "status").read_text(), re.M)
+            rank = re.search(rb"\0RANK=(\d+)\0", (folder / "environ").read_bytes())
+            if rank and int(parent[1]) == launcher:
+                found[int(rank[1])] = int(folder.name)
+    return found
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def wait_for_row(workdir: Path, process: subprocess.Popen, more: int = 1) -> None:
+    """Wait until the log has so many more rows."""
+    path = workdir / "logs" / "losses.csv"
+    count = lambda: len(path.read_text().splitlines()) if path.exists() else 0
+    wanted = max(1, count()) + more
+    wait_for(lambda: count() >= wanted or process.poll() is not None, f"{wanted} lines")
+    assert process.poll() is None, process.communicate()[0]
+
+
+def wait_for_others(launcher: subprocess.Popen, old: set[int]) -> None:
+    """Wait until torchrun has started both ranks again."""
+    wait_for(lambda: len(set(ranks_of(launcher.pid).values()) - old) == 2, "new ranks")
+
+
+# every rank has a buffer, dropout, and losses that are summed between two rows
+OPTIONS = "--dropout --pool_size 3 --log_every 2 --save_minutes 0.001 --n_epochs 7"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two ranks that nothing disturbed: its data and what it ended with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    data = draw_set(folder / "data", 12, 10)
+    finish(torchrun(folder / "whole", f"--dataroot {data} {OPTIONS}"))
+    return data, folder / "whole"
+
+
+def everything(workdir: Path) -> dict:
+    """All that a run of two ranks ended with, what the second has of its own included."""
+    path = workdir / "models" / f"rank1_{read_state(workdir)['iteration']}.pth"
+    return outcome(workdir) | plain(torch.load(path, weights_only=True), "rank 1")
+
+
+def kill_ranks(whole: tuple, workdir: Path, kills: int, seed: int) -> None:
+    """kill -9 of random ranks at random moments; torchrun starts all of them again."""
+    data, wanted = whole
+    launcher = f"--standalone --nproc_per_node=2 --max-restarts={kills}"
+    process = torchrun(workdir, f"--dataroot {data} {OPTIONS}", launcher)
+    chosen = random.Random(seed)
+    for _ in range(kills):
+        wait_for_row(workdir, process, chosen.randrange(1, 3))
+        time.sleep(chosen.uniform(0, 0.05))
+        before = ranks_of(process.pid)
+        os.kill(before[chosen.randrange(2)], signal.SIGKILL)
+        wait_for_others(process, set(before.values()))
+    finish(process)
+    assert differences(everything(wanted), everything(workdir)) == []
+
+
+def test_killed_ranks(whole, tmp_path):
+    kill_ranks(whole, tmp_path, kills=3, seed=0)
+
+
+def test_killed_agent(whole, tmp_path):
+    """The documented line for two machines, typed twice here; one is killed, and types it again."""
+    data, wanted = whole
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    variable, line = re.search(r"^    (\w+=1) torchrun (--nnodes.*) train.py", text, re.M).groups()
+    line = line.replace("gpu01:29500", f"127.0.0.1:{port}").replace("node=4", "node=1")
+    line += " --rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
+    options = f"--dataroot {data} {OPTIONS} --resume auto"
+    env = dict([variable.split("=")])
+    first = torchrun(tmp_path, options, line + "1", env)
+    second = torchrun(tmp_path, options, line + "0", env)
+    wait_for_row(tmp_path, first, 2)
+    ranks = ranks_of(second.pid)
+    second.kill()
+    for pid in ranks.values():  # it must not go on alone, beside the one that takes its place
+        wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "the end of its rank")
+    second.communicate()
+    second = torchrun(tmp_path, options, line + "0", env)
+    finish(first)
+    finish(second)
+    assert differences(everything(wanted), everything(tmp_path)) == []
+
+
+def test_ranks_stop_together(dataroot, tmp_path):
+    """SIGTERM to one rank stops both after the same iteration; one process goes on with the run."""
+    process = torchrun(tmp_path, f"--dataroot {dataroot} --n_epochs 9000")
+    wait_for_row(tmp_path, process, 3)
+    os.kill(ranks_of(process.pid)[1], signal.SIGTERM)
+    text = finish(process, 1)
+    assert f"go on with --workdir {tmp_path} --resume" in text, text
+    assert 'train.py", line' not in text, text  # torchrun's own traceback is not ours
+    state = read_state(tmp_path)
+    assert (
+        state["world_size"] == 2 and (tmp_path / f"models/rank1_{state['iteration']}.pth").exists()
+    )
+    rows = logger.read_csv(tmp_path / "logs" / "losses.csv")["iteration"]
+    assert state["iteration"] == rows[-1]
+    assert resume(tmp_path, f"--n_epochs {state['epoch'] + 1}") == 0
+    rows = logger.read_csv(tmp_path / "logs" / "losses.csv")["iteration"]
+    assert rows == list(range(1, int(rows[-1]) + 1)) and rows[-1] > state["iteration"]
+
+
+def gradients(workdir: Path, optimizer: str) -> torch.Tensor:
+    """Of a run's first step, all in one vector: Adam's first moment is (1 - beta1) times it."""
+    moments = read_state(workdir)[optimizer]["state"].values()
+    return torch.cat([moment["exp_avg"].flatten() for moment in moments]) / (1 - 0.5)
+
+
+def test_two_ranks_are_one_large_batch(tmp_path):
+    data = draw_set(tmp_path / "data", 2, 2)
+    options = "--pool_size 0 --n_epochs 1 --decay_epoch 0"
+    finish(torchrun(tmp_path / "two", f"--dataroot {data} {options}"))
+    run(data, tmp_path / "one", options + " --batch_size 2")
+    one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
+    assert one["iteration"] == two["iteration"] == 1
+    for optimizer in ("optimizer_G", "optimizer_D"):
+        a, b = gradients(tmp_path / "one", optimizer), gradients(tmp_path / "two", optimizer)
+        assert (a - b).norm() < 2e-6 * a.norm()
+    biases = 0
+    for name, weight in one["netG_A2B"].items():  # biases before a norm move by rounding alone
+        if name.endswith(".weight") or name == "model.15.bias":
+            assert torch.allclose(weight, two["netG_A2B"][name], atol=1e-6), name
+        biases += name.endswith(".bias")
+    assert biases
+    apart, together = (logger.read_csv(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
+    for name in ("D", "G", "adv", "cycle", "identity"):
+        assert apart[name] == pytest.approx(together[name], abs=2e-6)
+
+
+def test_stopped_and_typed_again(dataroot, tmp_path):
+    """A requeued job types the same line again: it starts, goes on, and ends like one run."""
+    assert run(dataroot, tmp_path / "whole", "--dropout --n_epochs 4") == 0
+    command = words(dataroot, tmp_path / "job", "--dropout --n_epochs 4 --resume auto")
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums, other bytes
+    process = start(f"{ROOT}/train.py", *command, env=threads)
+    wait_for_row(tmp_path / "job", process, 3)
+    process.terminate()
+    assert f"go on with --workdir {tmp_path / 'job'} --resume" in finish(process, 143)
+    finish(start(f"{ROOT}/train.py", *command, env=threads))
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "job")) == []
+
+
+STAND_INS = {  # for commands that only Slurm has
+    "srun": 'echo $$ > srun.pid; exec "$@"',
+    "scancel": "kill -TERM $(cat srun.pid)",
+    "scontrol": '[ "$1" = requeue ] && echo "$2" >> requeued || echo localhost',
+}
+
+
+def test_slurm_script(dataroot, tmp_path):
+    """docs/slurm.sh as Slurm runs it: SIGTERM before the limit, queued again, and to the end."""
+    for name, line in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "torchrun").write_text(
+        f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "${{@//29500/0}}"\n'
+    )
+    (tmp_path / "torchrun").chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+    }
+    command = ["bash", ROOT / "docs" / "slurm.sh", *words(dataroot, tmp_path, "--n_epochs 4")]
+    job = start(*command, env=variables, cwd=tmp_path, program=[])
+    wait_for_row(tmp_path, job, 3)
+    job.terminate()
+    assert "go on with --workdir" in finish(job)
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    finish(start(*command, env=variables, cwd=tmp_path, program=[]))
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    assert read_state(tmp_path)["iteration"] == 4 * 5
+
+
+SMALL_DEMO = "--size 24 --load_size 26 --ngf 2 --ndf 2 --n_residual_blocks 1 --batch_size 16"
+
+
+@pytest.mark.parametrize("options", [SMALL_DEMO, ""])
+def test_demo_of_two_ranks(options, tmp_path, request):
+    """One rank draws the set while the other waits; data workers are started by a forkserver."""
+    if not options:
+        request.getfixturevalue("long")
+    command = f"{LAUNCHER} {ROOT}/train.py --demo --n_epochs 1 --no_tensorboard --device cpu"
+    command += f" --cache off --workers 1 {options}"
+    text = finish(start(*command.split(), cwd=tmp_path), seconds=600)
+    assert "Traceback" not in text
+    assert (tmp_path / "models" / "netG_A2B.pth").exists()
+    assert list((tmp_path / "outputs").rglob("*.png"))
+
+
+def test_errors_of_several_ranks_are_said_once(dataroot, tmp_path):
+    """By the first rank, without a traceback of ours; the others end with it."""
+    process = torchrun(tmp_path, f"--dataroot {dataroot} --size 25")
+    text = finish(process, 1)
+    assert text.count("error: --size is 25") == 1, text
+    assert 'train.py", line' not in text
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_STEP_TASKS_PER_NODE": "2"}
+
+
+def test_srun_without_torchrun(tmp_path):
+    """srun's variables are enough to find each other; without the list of nodes it is an error."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    code = "import utils; print('rank %d of %d' % utils.join_processes())"
+    more = {**SLURM, "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    ranks = [{**more, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    processes = [start("-c", code, env=variables) for variables in ranks]
+    for i, process in enumerate(processes):
+        assert f"rank {i} of 2" in finish(process)
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST.*torchrun on each node"):
+        utils.slurm_ranks({**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
+    found = utils.slurm_ranks({**ranks[1], "SLURM_STEP_NODELIST": "gpu-[03-05,09],login1"})
+    assert found["MASTER_ADDR"] == "gpu-03" and found["RANK"] == found["LOCAL_RANK"] == "1"
+
+
+OLD_DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 11040; return 0; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc") or torch.version.cuda is None, reason="gcc, CUDA")
+def test_driver_too_old(tmp_path):
+    """A driver older than this PyTorch needs is an error, not a run on the CPU that takes weeks."""
+    (tmp_path / "driver.c").write_text(OLD_DRIVER)
+    command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
+    subprocess.run(command, check=True)
+    code = "import utils; utils.run(lambda args: utils.pick_device(None), None)"
+    text = finish(start("-c", code, env={"LD_LIBRARY_PATH": str(tmp_path)}), 2)
+    assert "error: there is a GPU, but PyTorch cannot use it" in text and "too old" in text
