@@ -71,7 +71,7 @@ def measure(
         load = lambda path, channels=net.input_nc, limits=limits: tr.prepare(
             path, channels, options, None, limits
         )
-        sums, cycle, swd = np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)  # the last two: sum, number
+        sums, cycle, swd = np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)  # last two: sum, number
         files, fakes = utils.share(files), []
         sources = [source for source, _ in files]
         for i, source, fake in tr.translate_files(net, sources, load, 1, device, dtype):
