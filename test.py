@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import datasets
 import utils
-from lib import formats, metrics, stacks
+from lib import formats, metrics, stacks, tiling
 from lib import translation as tr
 from models import load_generator
 from utils import UserError
@@ -57,7 +58,8 @@ def translate_rows(
     load = lambda path: tr.prepare(path, net.input_nc, options, size)
     paths = [Path(row.source) for row in rows]
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    fakes = tr.translate_files(net, paths, load, batch_size, device, dtype)
+    tiles = {"tile": args.tile, "scratch": args.scratch, "fallback": outputs}
+    fakes = tr.translate_files(net, paths, load, batch_size, device, dtype, **tiles)
     failed, sums, saving = {}, np.zeros((2, 2, 2)), []
     with ThreadPoolExecutor(tr.WORKERS) as pool:
         for i, source, fake in tqdm(fakes, bar, len(rows), disable=bar is None):
@@ -74,8 +76,9 @@ def translate_rows(
             if row in compared:
                 name = tr.comparison_name(row)
                 utils.save_picture(result / name, tr.side_by_side(fake, source))
-                if back is not None:
-                    (rec,) = tr.translate_batch(back, [fake], device, dtype)
+                # the way back would double the hours of a large picture
+                if back is not None and not tiling.pick_tile(back, [fake], dtype, args.tile):
+                    (rec,) = tr.translate_batch(back, [fake], device, dtype, tile=0)
                     strip = tr.side_by_side(source, fake, rec, *([] if truth is None else [truth]))
                     utils.save_picture(outputs / "cycle" / name, strip)
         for future in saving:
@@ -104,6 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--size", type=int, help=size_help)
     group.add_argument("--batch_size", type=int, default=0, help="pictures at once (8 on a GPU)")
     group.add_argument("--compare", type=int, default=8, help="comparison pictures in result/ (8)")
+    tiling.add_options(parser)
     stacks.add_options(parser)
     group = tr.add_model_options(parser)
     group.add_argument("--weights", type=Path, metavar="FILE", help="one generator: .pth or .onnx")
@@ -116,6 +120,8 @@ def main(args: argparse.Namespace) -> int:
     if args.size is not None and args.size < 0:
         raise UserError(f"--size is {args.size}, but must not be negative")
     stacks.check_options(args)
+    if args.max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = args.max_pixels
     device, dtype, rank, world_size = utils.setup(args)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
@@ -128,7 +134,8 @@ def main(args: argparse.Namespace) -> int:
     sources = {direction: find_sources(args, direction, options) for direction in directions}
     for name in ("outputs", "outputs/cycle", "result"):
         utils.make_folder(args.workdir / name)
-    with utils.explain_out_of_memory("lower --batch_size, or give --size 512 or so"):
+        utils.remove_temporary_files(args.workdir / name, seconds=60)  # of runs that were killed
+    with utils.explain_out_of_memory("lower --batch_size, or give --tile 512"):
         for direction, (folder, pairs) in sources.items():
             weights = args.weights or tr.find_weights(models, f"netG_{direction}", args.last)
             weights_back = tr.find_weights(models, f"netG_{direction[::-1]}", args.last)

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import uuid
 import warnings
 import zipfile
@@ -178,11 +179,15 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.replace(folder, target)
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Delete what a killed run left half-written, in sub-folders such as outputs/A too."""
+def remove_temporary_files(folder: Path, seconds: float = 0) -> None:
+    """Delete what a killed run left half-written, in sub-folders such as outputs/A too.
+
+    Files that changed within the last `seconds` stay: another process may be writing them.
+    """
     for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if path.stat().st_mtime <= time.time() - seconds:
+                path.unlink()
 
 
 def save_tensors(path: Path, content: dict) -> None:

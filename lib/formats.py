@@ -27,6 +27,7 @@ from utils import UserError, atomic_write
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 UNITS = (".npy", ".tif", ".tiff", ".nii", ".nii.gz", ".dcm")  # what may hold more than grey levels
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+TOO_LARGE = "over Pillow's size limit (test.py --max_pixels N raises it, for files you trust)"
 PILLOW = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # whatever the extension says
 GZIP_RATIO = 1032  # deflate cannot do better: what a compressed header may promise at most
 PREAMBLE = 128  # bytes before the letters DICM
@@ -75,6 +76,8 @@ def decoding(path: Path) -> Iterator[None]:
         yield
     except (UserError, UnreadableImage):
         raise
+    except Image.DecompressionBombError as error:  # over twice the limit
+        raise UnreadableImage(f"it is {TOO_LARGE}") from error
     except Exception as error:  # on hostile files decoders raise some twenty kinds of errors
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         reason = " ".join(reason.replace(f" {str(path)!r}", "").split())
@@ -93,7 +96,7 @@ def need(module: str, files: str):
 def check_size(height: int, width: int, channels: int, wanted: int) -> None:
     """Refuse a picture before it is decoded; `wanted` channels, 0 for any."""
     if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:
-        raise UnreadableImage(f"{width}x{height} pixels are none, or over Pillow's size limit")
+        raise UnreadableImage(f"{width}x{height} pixels are none, or {TOO_LARGE}")
     if wanted and channels != wanted or not channels:
         raise UnreadableImage(
             f"it has {channels} channels, not {wanted}: see --input_nc and --output_nc"
@@ -221,7 +224,7 @@ def decode_picture(path: Path, channels: int) -> np.ndarray:
         return check_array(np.load(path, allow_pickle=False, mmap_mode="r"), channels)
     with Image.open(path, formats=PILLOW) as image:  # other formats, as EPS, start programs
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} is over Pillow's size limit")
+            raise ValueError(f"{image.width}x{image.height} is {TOO_LARGE}")
         ImageOps.exif_transpose(image, in_place=True)
         return convert(image, channels)
 
@@ -232,7 +235,7 @@ def check_array(picture: np.ndarray, channels: int) -> np.ndarray:
     if picture.ndim != 3 or picture.shape[2] != channels or not picture.size:
         raise ValueError(f"its shape is {picture.shape}, not (H, W, {channels})")
     if picture.size // channels > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"its shape {picture.shape} is over Pillow's size limit")
+        raise ValueError(f"its shape {picture.shape} is {TOO_LARGE}")
     if picture.dtype.kind == "f":
         return np.array(picture, np.float32)
     if picture.dtype not in (np.uint8, np.uint16):
@@ -259,7 +262,12 @@ def convert(image: Image.Image, channels: int) -> np.ndarray:
     if image.has_transparency_data and channels != 4:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.atleast_3d(np.array(image.convert(modes[channels])))
+    image = image if image.mode == modes[channels] else image.convert(modes[channels])
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
+    for y in range(0, image.height, 256):  # strips: Pillow's way to an array takes two more copies
+        strip = image.crop((0, y, image.width, min(y + 256, image.height)))
+        pixels[y : y + 256] = np.atleast_3d(strip)
+    return pixels
 
 
 def write_picture(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
@@ -628,7 +636,7 @@ class Film(Pictures):
         with decoding(self.paths[0]), open_film(self.paths[0]) as (container, stream):
             for k, frame in enumerate(container.decode(stream)):
                 if frame.width * frame.height > Image.MAX_IMAGE_PIXELS:
-                    raise UnreadableImage("a frame is over Pillow's size limit")
+                    raise UnreadableImage(f"a frame is {TOO_LARGE}")
                 self.times.append(k if frame.pts is None else frame.pts)
                 turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                 yield np.ascontiguousarray(turned)  # (H, W, 3)

@@ -119,6 +119,7 @@ def translate_pictures(
     batch_size: int,
     device,
     dtype,
+    tiles: dict,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each picture of a file and its translation, (H, W, C), both in their units.
 
@@ -138,7 +139,8 @@ def translate_pictures(
             ahead = pool.submit(load)
             for _, group in itertools.groupby(batch, lambda pair: pair[1].shape):
                 shown, inputs = zip(*group, strict=True)
-                for picture, y in zip(shown, tr.run(net, inputs, device, dtype), strict=True):
+                fakes = tr.run(net, inputs, device, dtype, **tiles)
+                for picture, y in zip(shown, fakes, strict=True):
                     fake = y.permute(1, 2, 0).numpy()  # (h, w, C) in [-1, 1]
                     if not isinstance(source, Film):
                         fake = datasets.resize(fake, picture.shape[1::-1])
@@ -169,11 +171,12 @@ def translate_stack(
     size = args.size if args.size is not None else 0 if args.input else None
     fit = lambda picture: tr.fit(picture, options, size)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
+    tiles = {"tile": args.tile, "scratch": args.scratch, "fallback": args.workdir / "outputs"}
     if film and args.smooth:
         net, batch_size = share_norm(net, args.smooth), 1
     elif args.volume_norm and not film:
         net = share_norm(net)
-        for _ in translate_pictures(net, source, limits, fit, batch_size, device, dtype):
+        for _ in translate_pictures(net, source, limits, fit, batch_size, device, dtype, tiles):
             pass  # the first pass is for its statistics
         for module in net.modules():
             if isinstance(module, SharedNorm):
@@ -181,7 +184,7 @@ def translate_stack(
     shown = []
 
     def translations() -> Iterator[np.ndarray]:
-        pairs = translate_pictures(net, source, limits, fit, batch_size, device, dtype)
+        pairs = translate_pictures(net, source, limits, fit, batch_size, device, dtype, tiles)
         for i, (picture, fake) in enumerate(pairs):
             if i == len(source) // 2 or not shown:
                 shown[:] = formats.to_unit(picture, limits[0]), formats.to_unit(fake, limits[1])

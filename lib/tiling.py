@@ -18,6 +18,7 @@ them when the process ends, however it ends. Bytes alive, in units of H W ngf va
     c7s1, output     1, picture                   translation       1
 """
 
+import argparse
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -32,12 +33,15 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-import utils
-from models import Generator, ResidualBlock, mirrored
+from models import Generator, ResidualBlock, UNet, mirrored
 from utils import UserError
 
 ROWS = 32  # norm and sums go through a tile in strips of so many rows, which fit into the cache
-WHOLE_PASS = {4: 940, 2: 710}  # bytes a pixel at ngf 64, by bytes a value (see docs/speed.md)
+# bytes a pixel of a whole-picture pass at ngf 64, by bytes a value (measured, see docs/speed.md)
+WHOLE_PASS = {Generator: {4: 940, 2: 710}, UNet: {4: 400, 2: 320}}
+LAYERS = (Generator, ResidualBlock, nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.Upsample)
+LAYERS += (nn.ReflectionPad2d, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.ReLU, nn.Dropout)
+LAYERS += (nn.Tanh,)  # what is known here
 Box = tuple[int, int, int, int]  # y0, y1, x0, x1
 
 
@@ -217,80 +221,6 @@ class Features:
 # Running them
 
 
-def pick_tile(net, height: int, width: int, dtype: torch.dtype | None, tile: int | None) -> int:
-    """The size of the tiles for a picture, 0 for a whole-picture pass: `tile`, unless that is None
-    (auto): then 512 if the estimated peak of a whole-picture pass is more than 0.8 of what is free.
-
-    Raises:
-        UserError: tiles are needed, but this network is not made of layers that know no place.
-    """
-    if tile is None:
-        free = free_bytes(next(net.parameters()).device) if isinstance(net, nn.Module) else 0
-        tile = 512 if 0 < 0.8 * free < whole_pass_bytes(net, height, width, dtype) else 0
-    if tile and not isinstance(net, Generator):
-        raise UserError(
-            f"{width}x{height} pixels would have to go through this network in tiles, which only "
-            "ResNet generators in .pth files can: scale the picture down with --size, or try "
-            "--tile 0 (all at once)"
-        )
-    return tile
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device; 0 where unknown."""
-    if device.type != "cuda":
-        return datasets.free_memory()
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
-def whole_pass_bytes(net: nn.Module, height: int, width: int, dtype: torch.dtype | None) -> int:
-    """About what a whole-picture pass takes at its peak."""
-    conv = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
-    return height * width * WHOLE_PASS[(dtype or torch.float32).itemsize] * conv.out_channels // 64
-
-
-def scratch_bytes(net: Generator, height: int, width: int, dtype: torch.dtype | None) -> int:
-    """What the feature maps take at most: 3/2 H W ngf values (see above)."""
-    height, width = (-(-n // 4) * 4 for n in (height, width))
-    return height * width * net.model[1].out_channels * (dtype or torch.float32).itemsize * 3 // 2
-
-
-def translate_picture(
-    net: Generator,
-    picture: np.ndarray,
-    tile: int,
-    dtype: torch.dtype | None,
-    folder: Path | None = None,
-    default: Path | None = None,
-) -> np.ndarray:
-    """Translate (H, W, input_nc) to (H, W, output_nc) by tiles; colors as uint8, all else as it is.
-
-    Feature maps lie in `folder` if that is given, else in memory if they take less than half of
-    what is free, else in the folder `default`.
-
-    Raises:
-        UserError: there is not enough room for them.
-    """
-    height, width = picture.shape[:2]
-    need = scratch_bytes(net, height, width, dtype)
-    if folder is None and need > datasets.free_memory() / 2:
-        folder = default
-    if folder is not None:
-        folder = utils.make_folder(folder)
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise UserError(
-                f"{width}x{height} pixels need {need / 1e9:.1f} GB of scratch space, but "
-                f"{folder} has {free / 1e9:.1f} GB free: name another folder with --scratch, or "
-                "scale the picture down with --size"
-            )
-    kind = np.uint8 if net.output_nc in (3, 4) else picture.dtype
-    target = np.empty((height, width, net.output_nc), kind)
-    translate_tiles(net, picture, target, tile, dtype, folder)
-    return target
-
-
 @dataclass
 class Output:
     """Where the last convolution's tiles go: through the network's output form into `array`."""
@@ -306,9 +236,7 @@ class Output:
         rows = slice(box[0], min(box[1], self.array.shape[0]))
         columns = slice(box[2], min(box[3], self.array.shape[1]))
         y = y[:, : rows.stop - rows.start, : columns.stop - columns.start]
-        integers = self.array.dtype.kind == "u"
-        tile = datasets.to_array(y, self.array.dtype) if integers else y.permute(1, 2, 0).numpy()
-        self.array[rows, columns] = tile
+        self.array[rows, columns] = datasets.to_array(y, self.array.dtype)
 
 
 @torch.no_grad()
@@ -327,9 +255,6 @@ def translate_tiles(
     float32. Feature maps lie in files in `folder`, or in memory if it is None. `statistics` is the
     mean and variance of each channel for each instance norm, in their order, to be used in place
     of the picture's own; those that were used are returned.
-
-    Raises:
-        UserError: the disk is full, or `folder` cannot be written.
     """
     device = next(net.parameters()).device
     picture = Picture(source, net.multiple)
@@ -338,36 +263,31 @@ def translate_tiles(
     new_map = lambda *shape: FeatureMap(shape, dtype or torch.float32, folder)
     x, block = Features(picture), None
     style = "{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}"
-    bar = tqdm(total=len(passes), desc="tiles", bar_format=style, leave=False, delay=2)
-    try:
-        with bar, torch.autocast(device.type, dtype, enabled=dtype is not None):
-            for i, step in enumerate(passes):
-                unit_in, unit_out = step.units()
-                h, w = (n // unit_in for n in x.stored.shape[:2])
-                # a tile holds as many values at every scale: fewer rows where there are more pixels
-                rows, columns = tile // (4 * max(unit_in, unit_out)), tile * h // height
-                boxes = cut(h, w, max(1, rows), max(1, columns))
-                boxes = boxes[:: (-1) ** i]  # back and forth: what was written last is read first
-                if step is passes[-1]:
-                    out = Output(net, picture, target)
-                else:
-                    out = new_map(h * unit_out, w * unit_out, step.conv.out_channels)
-                kept = new_map(*x.stored.shape) if step.opens and x.base else None
-                norm = any(isinstance(layer, nn.InstanceNorm2d) for layer in step.after)
-                moments = Moments() if norm and statistics is None else None
-                run_pass(step, x, boxes, device, out, kept, moments, bar)
-                if norm:
-                    used.append(moments.mean_var() if moments else statistics[len(used)])
-                if step.opens:
-                    block = Features(kept) if kept else x
-                x = Features(out, [apply_later(layer, used) for layer in step.after])
-                if step.closes:
-                    x.base, block = block, None  # the maps that nothing refers to are freed
-    except OSError as error:
-        raise UserError(
-            f"cannot use temporary files in {folder} ({error.strerror or error}): free some space "
-            "there, or name another folder with --scratch"
-        ) from error
+    bar = tqdm(total=len(passes) + 1e-6, desc="tiles", bar_format=style, leave=False, delay=2)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, bar, autocast:
+        for i, step in enumerate(passes):
+            unit_in, unit_out = step.units()
+            h, w = (n // unit_in for n in x.stored.shape[:2])
+            # a tile holds as many values at every scale: fewer rows where there are more pixels
+            rows, columns = tile // (4 * max(unit_in, unit_out)), tile * h // height
+            boxes = cut(h, w, max(1, rows), max(1, columns))
+            boxes = boxes[:: (-1) ** i]  # back and forth: what was written last is read first
+            if step is passes[-1]:
+                out = Output(net, picture, target)
+            else:
+                out = new_map(h * unit_out, w * unit_out, step.conv.out_channels)
+            kept = new_map(*x.stored.shape) if step.opens and x.base else None
+            norm = any(isinstance(layer, nn.InstanceNorm2d) for layer in step.after)
+            moments = Moments() if norm and statistics is None else None
+            run_pass(step, x, boxes, device, out, kept, moments, reader, writer, bar)
+            if norm:
+                used.append(moments.mean_var() if moments else statistics[len(used)])
+            if step.opens:
+                block = Features(kept) if kept else x
+            x = Features(out, [apply_later(layer, used) for layer in step.after])
+            if step.closes:
+                x.base, block = block, None  # the maps that nothing refers to are freed
     return used
 
 
@@ -393,6 +313,8 @@ def run_pass(
     out: "FeatureMap | Output",
     kept: FeatureMap | None,
     moments: Moments | None,
+    reader: ThreadPoolExecutor,
+    writer: ThreadPoolExecutor,
     bar: tqdm,
 ) -> None:
     """Convolve the tiles of `x` into `out`, and copy `x` itself to `kept`; gather the moments.
@@ -409,23 +331,126 @@ def run_pass(
         outside = (inside[2] - x0, x1 - inside[3], inside[0] - y0, y1 - inside[1])
         return outside, x.read(inside)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(2) as writers:
-        ahead, saved = reader.submit(load, inputs[0]), []
-        for i, (y0, y1, x0, x1) in enumerate(inputs):
-            outside, tiles = ahead.result()
-            if i + 1 < len(inputs):
-                ahead = reader.submit(load, inputs[i + 1])
-            tile = x.compute(tiles, device)
-            top, bottom, left, right = outputs[i]
-            y = step.convolve(tile, outside)[0].permute(1, 2, 0)[: bottom - top, : right - left]
-            if moments:
-                moments.add(y)
-            for future in saved:
-                future.result()  # so that there are never more than two tiles to write
-            saved = [writers.submit(out.write, outputs[i], y)]
-            if kept:
-                core = tile[0].permute(1, 2, 0)[before - outside[2] :, before - outside[0] :]
-                saved += [writers.submit(kept.write, inputs[i], core[: y1 - y0, : x1 - x0])]
-            bar.update((y1 - y0) * (x1 - x0) / (height * width))
+    ahead, saved = reader.submit(load, inputs[0]), []
+    for i, (y0, y1, x0, x1) in enumerate(inputs):
+        outside, tiles = ahead.result()
+        if i + 1 < len(inputs):
+            ahead = reader.submit(load, inputs[i + 1])
+        tile = x.compute(tiles, device)
+        top, bottom, left, right = outputs[i]
+        y = step.convolve(tile, outside)[0].permute(1, 2, 0)[: bottom - top, : right - left]
+        if moments:
+            moments.add(y)
         for future in saved:
-            future.result()
+            future.result()  # so that there is never more than one tile to write
+        saved = [writer.submit(out.write, outputs[i], y)]
+        if kept:
+            core = tile[0].permute(1, 2, 0)[before - outside[2] :, before - outside[0] :]
+            saved += [writer.submit(kept.write, inputs[i], core[: y1 - y0, : x1 - x0])]
+        bar.update((y1 - y0) * (x1 - x0) / (height * width))
+    for future in saved:
+        future.result()
+
+
+# ------------------------------------------------------------------------------------------------
+# Whether and where
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for large pictures."""
+    group = parser.add_argument_group("large pictures")
+    text = "tiles of so many pixels, with the same result; 0: none (auto: if memory is short)"
+    group.add_argument("--tile", type=read_tile, metavar="N", help=text)
+    text = "put the tiles' feature maps there (memory if they fit, else outputs/)"
+    group.add_argument("--scratch", type=Path, metavar="DIR", help=text)
+    text = "read pictures of up to so many pixels, if you trust them (Pillow's limit)"
+    group.add_argument("--max_pixels", type=int, metavar="N", help=text)
+
+
+def read_tile(text: str) -> int | None:
+    """The value of --tile; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or 0 < int(text) < 16:
+        raise argparse.ArgumentTypeError(f"{text} is not auto, 0, or at least 16")
+    return int(text)
+
+
+def pick_tile(
+    net, pictures: list[np.ndarray], dtype: torch.dtype | None, tile: int | None = None
+) -> int:
+    """The size of the tiles for pictures of one size (H, W, C), 0 for a whole pass: `tile`, or if
+    that is None (auto) 512 where a whole pass is estimated to take over 0.8 of the free memory.
+
+    Raises:
+        UserError: tiles are needed, but the network is no ResNet generator.
+    """
+    if tile is None:
+        tile = 0
+        if type(net) in WHOLE_PASS:
+            conv = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
+            pixels = len(pictures) * pictures[0].shape[0] * pictures[0].shape[1]
+            peak = pixels * WHOLE_PASS[type(net)][(dtype or torch.float32).itemsize]
+            if peak * conv.out_channels / 64 > 0.8 * free_bytes(conv.weight.device):
+                tile = 512
+    if tile and not (
+        isinstance(net, Generator) and all(isinstance(m, LAYERS) for m in net.modules())
+    ):
+        raise UserError(
+            "the picture would have to go through this network in tiles, which only ResNet "
+            "generators can (.pth, no --volume_norm or --smooth): scale it down with --size, or try "
+            "--tile 0 (no tiles)"
+        )
+    return tile
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of a device; infinity where it is unknown."""
+    if device.type != "cuda":
+        return datasets.free_memory() or float("inf")
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def scratch_bytes(net: Generator, height: int, width: int, dtype: torch.dtype | None) -> int:
+    """What the feature maps take at most: 3/2 H W ngf values (see above)."""
+    height, width = (-(-n // 4) * 4 for n in (height, width))
+    return height * width * net.model[1].out_channels * (dtype or torch.float32).itemsize * 3 // 2
+
+
+def translate_picture(
+    net: Generator,
+    picture: np.ndarray,
+    kind: type,
+    tile: int,
+    dtype: torch.dtype | None,
+    scratch: Path | None = None,
+    fallback: Path | None = None,
+) -> np.ndarray:
+    """Translate (H, W, input_nc) to (H, W, output_nc), uint8, uint16 or float32 (`kind`), by tiles.
+
+    Feature maps lie in the folder `scratch` if that is given, else in memory if they take less than
+    half of what is free, else in the folder `fallback` (None: the system's for temporary files).
+
+    Raises:
+        UserError: there is not enough room for them.
+    """
+    height, width = picture.shape[:2]
+    need = scratch_bytes(net, height, width, dtype)
+    if scratch is None and 2 * need > free_bytes(torch.device("cpu")):
+        scratch = fallback or Path(tempfile.gettempdir())
+    target = np.empty((height, width, net.output_nc), kind)
+    try:
+        if scratch is not None:
+            scratch.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(scratch).free
+            if need > free:
+                raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        translate_tiles(net, picture, target, tile, dtype, scratch)
+    except OSError as error:
+        raise UserError(
+            f"{width}x{height} pixels need more scratch space than {scratch} has "
+            f"({error.strerror or error}): name another folder with --scratch, or scale the "
+            "picture down with --size"
+        ) from error
+    return target

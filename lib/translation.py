@@ -27,6 +27,7 @@ from models import OnnxGenerator, translate
 from utils import UserError
 
 WORKERS = 4  # threads that decode and save while the network computes
+SHOWN = 2048  # pixels of the longer side of a picture in a comparison
 
 # ------------------------------------------------------------------------------------------------
 # A run's weights and pictures
@@ -128,8 +129,19 @@ def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
     return picture
 
 
-def run(net, pictures: list[np.ndarray], device, dtype) -> torch.Tensor:
-    """Translate pictures of one size, (H, W, input_nc) -> (N, output_nc, H, W) in [-1, 1]."""
+def run(
+    net, pictures: list[np.ndarray], device, dtype, tile: int | None = None, **scratch: Path | None
+) -> torch.Tensor:
+    """Translate pictures of one size, (H, W, input_nc) -> (N, output_nc, H, W) in [-1, 1].
+
+    `tile` is 0 for one whole batch, the size of the tiles that each picture goes through the
+    network in, or None: tiles only if the batch would not fit into memory. For `scratch` see
+    `tiling.translate_picture`.
+    """
+    if tile := tiling.pick_tile(net, pictures, dtype, tile):
+        kept = np.float32, tile, dtype
+        fakes = [tiling.translate_picture(net, p, *kept, **scratch) for p in pictures]
+        return torch.stack([torch.from_numpy(fake).permute(2, 0, 1) for fake in fakes])
     x = torch.stack([datasets.to_tensor(picture) for picture in pictures]).to(device)
     x = x.contiguous(memory_format=utils.memory_layout(device))  # (N, input_nc, H, W)
     return translate(net, x, dtype).cpu()
@@ -172,21 +184,24 @@ def translate_array(
     return formats.to_stored(values, array.dtype, 1.0, 0.0, None)
 
 
-def translate_batch(net, pictures: list[np.ndarray], device, dtype) -> list[np.ndarray]:
-    """Translate pictures of one size: (H, W, input_nc) -> (H, W, output_nc) each."""
-    fakes = run(net, pictures, device, dtype)
-    colors = fakes.shape[1] in (3, 4) and pictures[0].dtype != np.float32
-    kept = np.uint8 if colors else pictures[0].dtype  # colors are saved with 8 bits
-    return [datasets.to_array(y, kept) for y in fakes]
+def translate_batch(
+    net, pictures: list[np.ndarray], device, dtype, tile: int | None = None, **scratch: Path | None
+) -> list[np.ndarray]:
+    """Translate pictures of one size: (H, W, input_nc) -> (H, W, output_nc) each; see `run`."""
+    colors = net.output_nc in (3, 4) and pictures[0].dtype != np.float32
+    kind = np.uint8 if colors else pictures[0].dtype  # colors are saved with 8 bits
+    if tile := tiling.pick_tile(net, pictures, dtype, tile):
+        return [tiling.translate_picture(net, p, kind, tile, dtype, **scratch) for p in pictures]
+    return [datasets.to_array(y, kind) for y in run(net, pictures, device, dtype, tile=0)]
 
 
 def translate_files(
-    net, paths: list[Path], load: Callable, batch_size: int, device, dtype
+    net, paths: list[Path], load: Callable, batch_size: int, device, dtype, **tiles
 ) -> Iterator[tuple]:
     """Yield (index, source, translation) for each path, or (index, reason, None) if unreadable.
 
     `load` decodes a path. Decoding goes on in threads while the network computes; pictures of one
-    size that follow each other go through it as a batch.
+    size that follow each other go through it as a batch. For `tiles` see `run`.
     """
 
     def attempt(path: Path) -> np.ndarray | str:
@@ -202,7 +217,9 @@ def translate_files(
             ahead = pool.map(attempt, paths[end : end + batch_size])  # while the network computes
             for shape, group in itertools.groupby(pictures, np.shape):  # () if unreadable
                 batch = list(group)
-                fakes = translate_batch(net, batch, device, dtype) if shape else [None] * len(batch)
+                fakes = [None] * len(batch)
+                if shape:
+                    fakes = translate_batch(net, batch, device, dtype, **tiles)
                 yield from zip(itertools.count(i), batch, fakes)
                 i += len(batch)
 
@@ -235,10 +252,13 @@ def save_array(path: Path, picture: np.ndarray) -> None:
 
 
 def side_by_side(*pictures: np.ndarray) -> Image.Image:
-    """Return (H, W, C) pictures of one height, and any C, as one RGB image."""
-    return Image.fromarray(
-        np.hstack([np.asarray(datasets.to_rgb(picture)) for picture in pictures])
-    )
+    """Return (H, W, C) pictures of one size, and any C, as one RGB image of at most SHOWN each."""
+    parts = []
+    for picture in pictures:
+        image = datasets.to_rgb(picture)
+        image.thumbnail((SHOWN, SHOWN))  # only ever smaller
+        parts.append(np.asarray(image))
+    return Image.fromarray(np.hstack(parts))
 
 
 # ------------------------------------------------------------------------------------------------

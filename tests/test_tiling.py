@@ -1,23 +1,34 @@
 """Tiles give the whole picture's result, in the space that was worked out, and leave nothing."""
 
 import itertools
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny import ROOT
 from torch import nn
 
 import datasets
+import test as test_script  # or pytest would collect it
 from lib import tiling
+from lib.stacks import share_norm
+from lib.translation import translate_batch
 from models import Generator, UNet, init_weights, translate
 from utils import UserError
 
 KINDS = [
     {"upsample": "deconv", "norm": "instance", "dropout": True},
-    {"upsample": "nearest", "norm": "instance"},
+    {"upsample": "nearest", "norm": "instance", "keep_source": True},
     {"upsample": "deconv", "norm": "batch", "input_nc": 1, "output_nc": 4},
     {"upsample": "nearest", "norm": "none", "input_nc": 5, "output_nc": 1},
 ]
@@ -89,7 +100,7 @@ def test_norms_per_tile_would_not_pass():
 def test_pictures_equal_to_one_step(dtype):
     net = make(input_nc=1, output_nc=1) if dtype == np.uint16 else make()
     picture = draw(132, 200, net.input_nc, dtype)
-    result = tiling.translate_picture(net, picture, 64, None)
+    result = tiling.translate_picture(net, picture, dtype, 64, None)
     expected = datasets.to_array(torch.from_numpy(whole(net, picture)).permute(2, 0, 1), dtype)
     most = 1 if dtype == np.uint8 else 4  # 1e-4 is 3.3 of 65535 / 2
     assert result.dtype == dtype
@@ -141,31 +152,116 @@ def test_space_is_as_worked_out(monkeypatch, tmp_path):
 def test_no_room(monkeypatch, tmp_path):
     net, picture = make(), draw(64, 96)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1000))
-    with pytest.raises(
-        UserError, match=r"0\.0 GB of scratch space, but .* name another .*--scratch"
-    ):
-        tiling.translate_picture(net, picture, 32, None, tmp_path)
-    tiling.translate_picture(net, picture, 32, None, None, tmp_path)  # fits into memory
+    with pytest.raises(UserError, match=r"\(0\.0 GB are needed, .*--scratch"):
+        tiling.translate_picture(net, picture, np.uint8, 32, None, tmp_path)
+    tiling.translate_picture(net, picture, np.uint8, 32, None, None, tmp_path)  # fits into memory
     monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="scratch space"):
-        tiling.translate_picture(net, picture, 32, None, None, tmp_path)
+        tiling.translate_picture(net, picture, np.uint8, 32, None, None, tmp_path)
     monkeypatch.undo()
     full = open("/dev/full", "w+b", 0)  # noqa: SIM115
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full)
     with pytest.raises(UserError, match="No space left on device.*--scratch"):
-        tiling.translate_picture(net, picture, 32, None, tmp_path)
+        tiling.translate_picture(net, picture, np.uint8, 32, None, tmp_path)
 
 
 def test_pick_tile(monkeypatch):
     net = make()
     monkeypatch.setattr(datasets, "free_memory", lambda: 10**9)
     most = int(0.8e9 / (940 * 4 / 64))  # pixels that fit
-    pick = lambda *args: tiling.pick_tile(net, *args)
-    assert pick(1000, most // 1000, None, None) == 0
-    assert pick(1000, most // 1000 + 1, None, None) == 512
-    assert pick(1000, most // 1000 + 1, torch.bfloat16, None) == 0
-    assert pick(10**6, 10**6, None, 0) == 0 and pick(64, 64, None, 100) == 100
-    unet = UNet(ngf=4, num_downs=5)
-    assert tiling.pick_tile(unet, 64, 64, None, None) == 0
+    large = [np.broadcast_to(np.uint8(0), (1000, most // 1000 + extra, 3)) for extra in (0, 1)]
+    pick = lambda picture, *args: tiling.pick_tile(net, [picture], *args)
+    assert pick(large[0], None) == 0 and pick(large[1], None) == 512
+    assert tiling.pick_tile(net, [large[0]] * 2, None) == 512
+    assert pick(large[1], torch.bfloat16) == pick(large[1], None, 0) == 0
+    assert pick(large[0], None, 100) == 100
+    unet, shared = UNet(ngf=4, num_downs=5), share_norm(net)
+    for other in (unet, shared):
+        assert tiling.pick_tile(other, [large[0]], None) == 0
+        with pytest.raises(UserError, match="only ResNet generators"):
+            tiling.pick_tile(other, [large[0]], None, 100)
     with pytest.raises(UserError, match="only ResNet generators"):
-        tiling.pick_tile(unet, 64, 64, None, 100)
+        tiling.pick_tile(shared, [large[1]], None)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "net.pth"
+    torch.save(make().state_dict(), path)
+    return path
+
+
+def run(weights, workdir, words: str) -> int:
+    words = f"--weights {weights} --workdir {workdir} --device cpu --amp off {words}"
+    return test_script.main(test_script.parse_args(words.split()))
+
+
+def test_command(weights, tmp_path):
+    """`test.py --tile 64` writes what `test.py --tile 0` writes, and leaves nothing else."""
+    sources, scratch = tmp_path / "sources", tmp_path / "scratch"
+    sources.mkdir()
+    for name, size in (("a.png", (133, 200)), ("b.tif", (40, 300))):
+        Image.fromarray(draw(*size)).save(sources / name)
+    for tile in ("0", "64"):
+        options = f"--input {sources} --tile {tile} --scratch {scratch}"
+        assert run(weights, tmp_path / tile, options) == 0
+    for name in ("a.png", "b.png"):
+        pictures = [np.asarray(Image.open(tmp_path / t / "outputs/B" / name)) for t in ("0", "64")]
+        assert np.abs(np.subtract(*pictures, dtype=int)).max() <= 1
+    assert list(scratch.iterdir()) == []
+    found = [{p.relative_to(tmp_path / t) for p in (tmp_path / t).rglob("*")} for t in ("0", "64")]
+    assert found[0] == found[1]
+
+
+def test_max_pixels(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    Image.fromarray(draw(40, 40)).save(sources / "large.png")
+    Image.fromarray(draw(60, 60)).save(sources / "larger.png")  # over twice the limit
+    assert run(weights, tmp_path, f"--input {sources}") == 1
+    assert capsys.readouterr().out.count("--max_pixels N") == 2
+    assert run(weights, tmp_path, f"--input {sources} --max_pixels 3600") == 0
+
+
+def test_short_memory(monkeypatch):
+    """What the page, evaluate and training call goes by tiles where memory is short."""
+    net, picture = make(), draw(64, 96)
+    run = lambda: translate_batch(net, [picture, picture], torch.device("cpu"), None)
+    expected, used = run(), []
+    monkeypatch.setattr(datasets, "free_memory", lambda: 10**5)
+    monkeypatch.setattr(tiling, "translate_tiles", lambda *args: used.append(args[3:]))
+    run()
+    assert used == [(512, None, Path(tempfile.gettempdir()))] * 2
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "free_memory", lambda: 10**6)
+    for a, b in zip(run(), expected, strict=True):
+        assert np.abs(np.subtract(a, b, dtype=int)).max() <= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a list of open files")
+def test_killed(weights, tmp_path):
+    """A kill leaves no output, and no scratch files even before the next run."""
+    Image.fromarray(draw(1024, 1024)).save(tmp_path / "large.png")
+    command = [sys.executable, "test.py", "--weights", weights, "--input", tmp_path / "large.png"]
+    command += ["--workdir", tmp_path, "--tile", "64", "--scratch", tmp_path / "scratch"]
+    process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    files = Path(f"/proc/{process.pid}/fd")
+    while process.poll() is None and "scratch" not in "".join(map(os.readlink, files.iterdir())):
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert list((tmp_path / "scratch").iterdir()) == list((tmp_path / "outputs/B").iterdir()) == []
+    left = tmp_path / "outputs/B/.0.tmp"  # as if it had been killed while it wrote the output
+    left.write_bytes(b"")
+    os.utime(left, (0, 0))
+    (tmp_path / "outputs/.1.tmp").write_bytes(b"")  # another process is writing it
+    assert run(weights, tmp_path, f"--input {ROOT / 'docs/images/demo.png'} --size 16") == 0
+    assert list((tmp_path / "outputs").rglob(".*.tmp")) == [tmp_path / "outputs/.1.tmp"]
+
+
+@pytest.mark.parametrize("text", ["-1", "5", "much"])
+def test_tile_of_no_use(text, capsys):
+    with pytest.raises(SystemExit):
+        test_script.parse_args(["--tile", text])
+    assert "is not auto, 0, or at least 16" in capsys.readouterr().err
