@@ -566,10 +566,12 @@ def read_tiff(paths: list[Path], channels: int, axis: int) -> Pictures:
         geometry |= {"gcps": raster.gcps, "tags": raster.tags(), "names": raster.descriptions}
         geometry |= {"colours": raster.colorinterp}
         geometry["band_tags"] = [raster.tags(i + 1) for i in range(raster.count)]
+        geometry["shape"] = raster.height, raster.width, raster.count
 
-    def get(i: int) -> np.ndarray:
+    def get(i: int, window: tuple[slice, slice] | None = None) -> np.ndarray:
         with open_raster(rasterio, path) as raster:
-            picture = np.moveaxis(raster.read(), 0, 2)  # (H, W, C)
+            window = window and rasterio.windows.Window.from_slices(*window)
+            picture = np.moveaxis(raster.read(window=window), 0, 2)  # (H, W, C)
         if all(value is None for value in nodata):
             return picture
         missing = picture == np.array([np.nan if v is None else v for v in nodata])
@@ -587,26 +589,33 @@ def open_raster(rasterio, path: Path) -> Iterator:
 
 def write_tiff(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
     """A TIFF with the source's CRS, transform, tags and nodata value."""
-    rasterio = need("rasterio", "GeoTIFF")
     (picture,) = pictures
+    with create_raster(paths[0], source, picture.shape, limits, note, "deflate") as (raster, store):
+        raster.write(store(picture))
+
+
+@contextlib.contextmanager
+def create_raster(
+    path: Path, source: Pictures, shape: tuple, limits, note: str, compress: str | None
+) -> Iterator[tuple]:
+    """Yield a TIFF of `shape` (H, W, C), and what turns a picture into its bands (C, H, W)."""
+    rasterio = need("rasterio", "GeoTIFF")
     dtype, _, _ = pick_type(source, limits)
-    height, width, channels = picture.shape
-    geometry = source.geometry
+    (height, width, channels), geometry = shape, source.geometry
     nodata, (gcps, gcps_crs) = geometry["nodata"], geometry["gcps"]
     if nodata is not None and dtype.kind in "iu":
         info = np.iinfo(dtype)
         nodata = nodata if info.min <= nodata <= info.max else float(info.min)
     profile = {"driver": "GTiff", "height": height, "width": width, "count": channels}
     profile |= {"dtype": dtype.name, "nodata": nodata, "tiled": height >= 512}
-    profile |= {"compress": "deflate", "bigtiff": "if_safer"}
+    profile |= {"compress": compress, "bigtiff": "if_safer"}
     profile |= {"crs": geometry["crs"], "transform": geometry["transform"]}
-    stored = to_stored(picture, dtype, 1.0, 0.0, nodata)
     with (
-        atomic_write(paths[0]) as file,
+        atomic_write(path) as file,
         rasterio.Env(**GDAL),
         rasterio.open(file.name, "w", **profile) as raster,
     ):
-        raster.write(np.ascontiguousarray(np.moveaxis(stored, 2, 0)))
+        yield raster, lambda x: np.moveaxis(to_stored(x, dtype, 1.0, 0.0, nodata), 2, 0)
         raster.update_tags(**geometry["tags"] | {"TIFFTAG_SOFTWARE": note})
         if gcps:
             raster.gcps = gcps, gcps_crs

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import formats
+from lib import formats, tiling
 from lib import translation as tr
 from lib.formats import Film, Pictures, UnreadableImage
 from utils import UserError
@@ -147,6 +148,50 @@ def translate_pictures(
                     yield picture, formats.from_unit(fake, limits[1], picture)
 
 
+class Windows:
+    """A raster that is sliced like an array (H, W, C) in [-1, 1], and read or written that way.
+
+    Of a `target` (a raster to write, and what turns values into its bands) only slices are set.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, source: Pictures, limits: tuple, channels: int, target: tuple | None = None):
+        self.source, self.limits, self.target, self.lock = source, limits, target, threading.Lock()
+        self.shape = (*source.geometry["shape"][:2], channels)
+
+    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
+        with formats.decoding(self.source.paths[0]):
+            return formats.to_unit(self.source.get(0, window), self.limits)
+
+    def __setitem__(self, window: tuple[slice, slice], values: np.ndarray) -> None:
+        with formats.decoding(self.source.paths[0]):
+            picture = self.source.get(0, window)
+        raster, store = self.target
+        bands = store(formats.from_unit(values, self.limits, picture))
+        with self.lock:  # a raster is for one thread at a time
+            raster.write(bands, window=tuple((part.start, part.stop) for part in window))
+
+
+def translate_windows(
+    net, source: Pictures, output: Path, limits: tuple, stored: tuple | None, note: str, tile: int,
+    dtype, scratch: dict,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Translate a raster of any size to `output` by tiles, of which none but a few are in memory.
+
+    Returns a window of the source and of its translation, to show.
+    """
+    view = Windows(source, limits[0], net.input_nc)
+    shape = (*view.shape[:2], net.output_nc)
+    # not compressed: a block that is written in parts would be stored again each time
+    with formats.create_raster(output, source, shape, stored, note, None) as target:
+        result = Windows(source, limits[1], net.output_nc, target)
+        tiling.translate_picture(net, view, np.float32, tile, dtype, **scratch, target=result)
+    middle = tuple(slice(n // 2 - min(n // 2, 256), n // 2 + 256) for n in shape[:2])
+    fake = formats.read(output)
+    return view[middle], formats.to_unit(fake.get(0, middle), limits[1])
+
+
 def translate_stack(
     args, net, paths: list[Path], outputs: list[Path], ranges: tuple, options: dict, note: str,
     device, dtype,
@@ -181,6 +226,12 @@ def translate_stack(
         for module in net.modules():
             if isinstance(module, SharedNorm):
                 module.frozen = True
+    elif "transform" in source.geometry and size == 0:
+        view = Windows(source, limits[0], net.input_nc)
+        if tile := tiling.pick_tile(net, [view], dtype, tiles.pop("tile")):
+            common = note, tile, dtype, tiles
+            return translate_windows(net, source, outputs[0], limits, ranges[1], *common)
+        tiles["tile"] = 0
     shown = []
 
     def translations() -> Iterator[np.ndarray]:

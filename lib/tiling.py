@@ -426,9 +426,11 @@ def translate_picture(
     dtype: torch.dtype | None,
     scratch: Path | None = None,
     fallback: Path | None = None,
+    target: np.ndarray | None = None,
 ) -> np.ndarray:
     """Translate (H, W, input_nc) to (H, W, output_nc), uint8, uint16 or float32 (`kind`), by tiles.
 
+    The result goes into `target` if that is given: anything that is sliced like an array.
     Feature maps lie in the folder `scratch` if that is given, else in memory if they take less than
     half of what is free, else in the folder `fallback` (None: the system's for temporary files).
 
@@ -439,7 +441,7 @@ def translate_picture(
     need = scratch_bytes(net, height, width, dtype)
     if scratch is None and 2 * need > free_bytes(torch.device("cpu")):
         scratch = fallback or Path(tempfile.gettempdir())
-    target = np.empty((height, width, net.output_nc), kind)
+    target = np.empty((height, width, net.output_nc), kind) if target is None else target
     try:
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)

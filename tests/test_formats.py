@@ -825,3 +825,27 @@ def test_shared_statistics(net):
         assert torch.allclose(first.means[0], mean, atol=1e-6)
     with pytest.raises(UserError, match="does not have: leave them out"):
         stacks.share_norm(Generator(norm="batch", ngf=2, n_residual_blocks=1))
+
+
+def test_a_raster_by_windows(tmp_path):
+    """By tiles it is read and written in windows, with the result of the whole pass."""
+    bands = (smooth((3, 90, 120), 1) * 9000).astype(np.uint16) + 1
+    bands[:, 20:40, 30:60] = 0
+    save_raster(tmp_path / "in" / "x.tif", bands, 0)
+    torch.manual_seed(0)
+    net = init_weights(Generator(3, 2, ngf=4, n_residual_blocks=1), init_gain=0.1)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    made = []
+    for tile in (0, 32):
+        run = tmp_path / str(tile)
+        words = ["--workdir", run, "--weights", tmp_path / "net.pth", "--input", tmp_path / "in"]
+        words += ["--range_A", 0, 9000, "--range_B", -500, 1500, "--tile", tile]
+        args = test.parse_args([str(w) for w in [*words, "--device", "cpu", "--amp", "off"]])
+        assert test.main(args) == 0
+        with rasterio.open(run / "outputs" / "B" / "x.tif") as raster:
+            assert raster.dtypes == ("int16",) * 2 and raster.crs.to_epsg() == 32633
+            made.append(raster.read().astype(int))
+            assert (made[-1][:, 20:40, 30:60] == raster.nodata).all()
+            assert (raster.read_masks(1) == 0).sum() == 600
+        assert (run / "result" / "A2B_x.png").exists()
+    assert abs(made[0] - made[1]).max() <= 1 and made[0].std() > 50
