@@ -285,7 +285,7 @@ def write_index(workdir: Path, rows: list[Translation], directions: list[str]) -
     with contextlib.suppress(UserError):  # a damaged index is replaced
         rows = [row for row in read_index(workdir) if row.direction not in directions] + rows
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([Translation._fields, *rows])
+    csv.writer(text).writerows([Translation._fields, *rows])
     with utils.atomic_write(workdir / "outputs" / "index.csv") as file:
         file.write(os.fsencode(text.getvalue()))
 
