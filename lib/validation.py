@@ -62,9 +62,6 @@ def measure(
     error against the ground truth where that is known, else the cycle error; both of 255.
     """
     measures, scores = {}, []
-    training = [net for net in nets.values() if net.training]
-    for net in training:
-        net.eval()
     for direction, files in pairs.items():
         net, back = nets[f"netG_{direction}"], nets[f"netG_{direction[::-1]}"]
         limits, target_limits = tr.find_ranges(options, direction)
@@ -100,8 +97,6 @@ def measure(
             found["swd"] = float(swd[0] / swd[1])  # over ranks, each of its share
         measures |= {f"{name}_{direction}": value for name, value in found.items()}
         scores.append(found.get("mae", found["cycle"]))
-    for net in training:
-        net.train()
     return measures, sum(scores) / len(scores)
 
 
