@@ -101,17 +101,17 @@ def moments(model: train.CycleGAN, name: str) -> list[torch.Tensor]:
 
 def check_steps(report: Report, device: torch.device) -> None:
     """Five steps on the device, weights laid out as on a GPU, against float32 on the CPU."""
-    cases = {  # options, dtype, largest relative error
-        "float32": ("", None, 1e-3),
-        "bf16": ("", torch.bfloat16, 0.2),
-        "fp16": ("", torch.float16, 0.2),
-        "batch norm": ("--norm batch", None, 1e-2),
-        "accumulate 2": ("--accumulate 2", None, 1e-3),
-        "own sizes": ("--preprocess none", None, 1e-3),
+    cases = {  # options, dtype, largest relative error of losses and of the gradient
+        "float32": ("", None, 1e-3, 1e-3),
+        "bf16": ("", torch.bfloat16, 0.01, 0.5),
+        "fp16": ("", torch.float16, 0.01, 0.5),
+        "batch norm": ("--norm batch", None, 1e-3, 1e-2),
+        "accumulate 2": ("--accumulate 2", None, 1e-3, 1e-3),
+        "own sizes": ("--preprocess none", None, 1e-3, 1e-3),
     }
     # PyTorch's CPU gradient of instance norm is wrong for one picture in channels_last (2.15)
     n = 2 if device.type == "cpu" else 1
-    for case, (options, dtype, most) in cases.items():
+    for case, (options, dtype, *most) in cases.items():
         reference = make_model(f"{SMALL} {options}", CPU, layout=NCHW)
         model = make_model(f"{SMALL} {options}", device, dtype, NHWC)
         if dtype == torch.float16:  # a scale at which no step is skipped
@@ -123,7 +123,7 @@ def check_steps(report: Report, device: torch.device) -> None:
         losses = torch.cat([losses, take_steps(model, 4, n, first=1)])
         wanted = torch.cat([wanted, take_steps(reference, 4, n, first=1)])
         gradient, loss = difference(ours, theirs), difference(losses, wanted)
-        ok = loss <= most and gradient <= most
+        ok = loss <= most[0] and gradient <= most[1]
         report.add("step", case, ok, loss=f"{loss:.1e}", gradient=f"{gradient:.1e}")
 
 
@@ -186,12 +186,12 @@ KINDS = {  # words in the names of kernels (GPU) or operations (CPU), the first 
 
 
 def check_profile(report: Report, args, device: torch.device, dtype) -> None:
-    """Launches and milliseconds of a step, and the share of each kind of kernel, over 10 steps."""
+    """Launches and milliseconds of a step, and the share of each kind of kernel."""
     model = make_model(args.networks, device, dtype)
     batch = make_batch(model, 1, args.size, args.size, 0)
     for _ in range(3):
         model.step([batch])
-    cuda, steps = device.type == "cuda", 10
+    cuda, steps = device.type == "cuda", 10 if device.type == "cuda" else 2
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities) as profiler:
         for _ in range(steps):
