@@ -398,8 +398,8 @@ def pick_tile(
     ):
         raise UserError(
             "the picture would have to go through this network in tiles, which only ResNet "
-            "generators can (.pth, no --volume_norm or --smooth): scale it down with --size, or try "
-            "--tile 0 (no tiles)"
+            "generators can (.pth, no --volume_norm or --smooth): scale it down with --size, or "
+            "try --tile 0 (no tiles)"
         )
     return tile
 
