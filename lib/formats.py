@@ -534,6 +534,7 @@ def derive(origin: Path, frames: np.ndarray, limits, note: str):
 # GeoTIFF, and any TIFF of many bands, 16 bits or floats
 
 GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
+GDAL |= {"GDAL_CACHEMAX": 64}  # MiB
 
 
 def is_raster(path: Path) -> bool:
