@@ -17,7 +17,7 @@ from tools.demo import draw_demo
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("test", "train", "tools.app", "tools.bench", "tools.download", "tools.evaluate")
-SCRIPTS += ("tools.export", "tools.frames", "tools.study")
+SCRIPTS += ("tools.export", "tools.frames", "tools.gpu_check", "tools.study")
 
 
 def read(name: str) -> str:
