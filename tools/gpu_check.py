@@ -150,9 +150,12 @@ def check_resume(report: Report, device: torch.device) -> None:
             for name in ("exp_avg", "exp_avg_sq")
             for a, b in zip(moments(model, name), moments(moved, name), strict=True)
         )
+        states = (*moved.optimizer_G.state.items(), *moved.optimizer_D.state.items())
+        strides = all(m["exp_avg"].stride() == weight.stride() for weight, m in states)
         loss = difference(take_steps(moved, 5, 2, first=3), take_steps(model, 5, 2, first=3))
-        ok = same and loss <= 1e-3
-        report.add("resume", f"{source} to {target}", ok, moments_equal=same, loss=f"{loss:.1e}")
+        figures = {"moments_equal": same, "strides_equal": strides, "loss": f"{loss:.1e}"}
+        ok = same and strides and loss <= 1e-3
+        report.add("resume", f"{source} to {target}", ok, **figures)
 
 
 # ------------------------------------------------------------------------------------------------
