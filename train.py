@@ -359,14 +359,14 @@ def train(args, state: dict | None) -> int:
             if stopping:
                 break
             first = 0
-    utils.all_ranks(True)  # all is on disk
-    if not stopping:
-        return 0
-    log.print(
-        f"stopped and saved at epoch {progress['epoch'] + 1}, iteration {model.iteration}; "
-        f"go on with --workdir {args.workdir} --resume"
-    )
-    return 128 + stopping
+        saver.close()
+        utils.all_ranks(True)  # all is on disk
+        if stopping:  # signals are still caught: torchrun sends them again
+            log.print(
+                f"stopped and saved at epoch {progress['epoch'] + 1}, iteration {model.iteration}; "
+                f"go on with --workdir {args.workdir} --resume"
+            )
+    return 128 + stopping if stopping else 0
 
 
 # ------------------------------------------------------------------------------------------------

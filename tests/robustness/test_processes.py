@@ -158,11 +158,13 @@ def test_killed_agent(whole, tmp_path):
     assert differences(everything(wanted), everything(tmp_path)) == []
 
 
-def test_ranks_stop_together(dataroot, tmp_path):
-    """SIGTERM to one rank stops both after the same iteration; one process goes on with the run."""
+@pytest.mark.parametrize("target", ["launcher", "rank 1"])
+def test_ranks_stop_together(target, dataroot, tmp_path):
+    """SIGTERM stops both ranks after the same iteration; one process goes on with the run."""
     process = torchrun(tmp_path, f"--dataroot {dataroot} --n_epochs 9000")
     wait_for_row(tmp_path, process, 3)
-    os.kill(ranks_of(process.pid)[1], signal.SIGTERM)
+    pid = process.pid if target == "launcher" else ranks_of(process.pid)[1]
+    os.kill(pid, signal.SIGTERM)
     text = finish(process, 1)
     assert f"go on with --workdir {tmp_path} --resume" in text, text
     assert 'train.py", line' not in text, text  # torchrun's own traceback is not ours
