@@ -1,5 +1,6 @@
 """Tiles give the whole picture's result, in the space that was worked out, and leave nothing."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -247,8 +248,11 @@ def test_killed(weights, tmp_path):
     command += ["--workdir", tmp_path, "--tile", "64", "--scratch", tmp_path / "scratch"]
     process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stderr=subprocess.DEVNULL)
     files = Path(f"/proc/{process.pid}/fd")
-    while process.poll() is None and "scratch" not in "".join(map(os.readlink, files.iterdir())):
+    names = ""
+    while process.poll() is None and "scratch" not in names:
         time.sleep(0.05)
+        with contextlib.suppress(FileNotFoundError):  # closed while we looked
+            names = "".join(map(os.readlink, files.iterdir()))
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
     assert list((tmp_path / "scratch").iterdir()) == list((tmp_path / "outputs/B").iterdir()) == []
