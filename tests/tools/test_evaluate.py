@@ -121,10 +121,11 @@ def test_paired_figures_equal_plain_numpy(tmp_path):
         for kind, pictures in kinds.items():
             wanted = plain_figures(pictures, truths) | masked(pictures, sources, truths)
             wanted["whole"] = wanted["mae"] / mae
-            reals = [load(path) for path in sorted((folder / f"data/test{target}").iterdir())]
+            splits = {s: sorted((folder / f"data/test{s}").iterdir()) for s in "AB"}
+            of_kind = {"identity": [load(p) for p in splits[source]], "flat": pictures[:1]}
             found, real = (
-                metrics.sample_patches([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in one])
-                for one in (pictures[:1] if kind == "flat" else pictures, reals)
+                metrics.sample_patches([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in set_])
+                for set_ in (of_kind.get(kind, pictures), [load(p) for p in splits[target]])
             )
             wanted["swd"] = metrics.sliced_wasserstein(found, real)
             assert one[kind] == pytest.approx(wanted, abs=1e-4), kind
