@@ -203,7 +203,7 @@ def test_two_ranks_are_one_large_batch(tmp_path):
     assert biases
     apart, together = (logger.read_csv(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
     for name in ("D", "G", "adv", "cycle", "identity"):
-        assert apart[name] == pytest.approx(together[name], abs=2e-6)
+        assert apart[name] == pytest.approx(together[name], rel=5e-6)  # of six digits
 
 
 def test_stopped_and_typed_again(dataroot, tmp_path):
