@@ -100,7 +100,8 @@ def find_facts(options: dict, losses: list[list[str]]) -> dict[str, str]:
         facts["iterations"] = last.get("iteration", "?")
         with contextlib.suppress(ValueError):  # not a number
             minutes = round(float(last.get("seconds", "")) / 60)
-            facts["time trained"] = f"{minutes // 60} h {minutes % 60} min"
+            hours = f"{minutes // 60} h " if minutes >= 60 else ""
+            facts["time trained"] = f"{hours}{minutes % 60} min"
     return facts
 
 
