@@ -54,9 +54,12 @@ def torchrun(workdir: Path, options: str, launcher: str = "", env=None) -> subpr
     return start(*command.split(), *options.split(), env=env)
 
 
-def finish(process: subprocess.Popen, code: int = 0, seconds: float = 100) -> str:
-    with contextlib.closing(process.stdout):
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
+    """Wait for the end of a process and return what it printed."""
+    try:
         text, _ = process.communicate(timeout=seconds)
+    finally:
+        process.kill()  # no launcher survives its test; its ranks end with it
     assert process.returncode == code, text
     return text
 
@@ -73,7 +76,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, f"waited {seconds} s for {what}"
