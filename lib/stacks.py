@@ -1,7 +1,6 @@
 """Translate files that hold units or many pictures: volumes, DICOM series, rasters, films."""
 
 import argparse
-import copy
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
 import datasets
@@ -19,61 +16,6 @@ from lib import formats, tiling
 from lib import translation as tr
 from lib.formats import Film, Pictures, UnreadableImage
 from utils import UserError
-
-# ------------------------------------------------------------------------------------------------
-# Instance norm over many pictures
-
-
-class SharedNorm(nn.Module):
-    """Instance norm by the running means of x and of its square over the pictures so far.
-
-    With statistics of its own for each picture, a network's brightness and colors flicker from one
-    slice or frame to the next. Each new picture has the weight 1/n at first, as in a plain mean,
-    and `least` when 1/n has become smaller; once `frozen` is set, the means stay as they are.
-    """
-
-    def __init__(self, channels: int, eps: float, least: float):
-        super().__init__()
-        self.eps, self.least, self.n, self.frozen = eps, least, 0, False
-        self.register_buffer("means", torch.zeros(2, channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.frozen:
-            for picture in x.float():  # (C, H, W)
-                self.n += 1
-                new = torch.stack([picture.mean((1, 2)), picture.square().mean((1, 2))])
-                self.means.lerp_(new, max(self.least, 1 / self.n))
-        mean, square = self.means[:, :, None, None]  # (C, 1, 1) each
-        return ((x - mean) * (square - mean**2 + self.eps).rsqrt()).to(x.dtype)
-
-
-def share_norm(net: nn.Module, smooth: float = 1.0) -> nn.Module:
-    """A copy of a generator whose instance norms share statistics over what it translates.
-
-    `smooth` is how much of the statistics is kept at each picture (a moving average); 1: all
-    pictures have the same weight.
-
-    Raises:
-        UserError: the network has no instance norm without weights.
-    """
-    net = copy.deepcopy(net)
-    modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    norms = [
-        (module, name, child)
-        for module in modules
-        for name, child in module.named_children()
-        if isinstance(child, nn.InstanceNorm2d) and not child.affine
-    ]
-    if not norms:
-        raise UserError(
-            "--volume_norm and --smooth share the statistics of instance norm, which this network "
-            "does not have: leave them out"
-        )
-    device = next(net.parameters()).device
-    for module, name, child in norms:
-        setattr(module, name, SharedNorm(child.num_features, child.eps, 1 - smooth).to(device))
-    return net
-
 
 # ------------------------------------------------------------------------------------------------
 # Options of test.py
@@ -113,20 +55,14 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def translate_pictures(
-    net,
-    source: Pictures,
-    limits: tuple,
-    fit: Callable,
-    batch_size: int,
-    device,
-    dtype,
-    tiles: dict,
+    net, source: Pictures, limits: tuple, fit: Callable, batch_size: int, **how
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each picture of a file and its translation, (H, W, C), both in their units.
 
     `limits` of the source and of the target are what the network has as -1 and 1; `fit` resizes a
     picture to what is to be translated; translations have the size of their picture again, but
-    for those of films. Decoding goes on in a thread while the network computes.
+    for those of films. Decoding goes on in a thread while the network computes. For `how`
+    see `tr.translate_batch`.
     """
     pictures = iter(source)
 
@@ -140,9 +76,8 @@ def translate_pictures(
             ahead = pool.submit(load)
             for _, group in itertools.groupby(batch, lambda pair: pair[1].shape):
                 shown, inputs = zip(*group, strict=True)
-                fakes = tr.run(net, inputs, device, dtype, **tiles)
-                for picture, y in zip(shown, fakes, strict=True):
-                    fake = y.permute(1, 2, 0).numpy()  # (h, w, C) in [-1, 1]
+                fakes = tr.translate_batch(net, inputs, kind=np.float32, **how)
+                for picture, fake in zip(shown, fakes, strict=True):  # (h, w, C) in [-1, 1]
                     if not isinstance(source, Film):
                         fake = datasets.resize(fake, picture.shape[1::-1])
                     yield picture, formats.from_unit(fake, limits[1], picture)
@@ -174,8 +109,7 @@ class Windows:
 
 
 def translate_windows(
-    net, source: Pictures, output: Path, limits: tuple, stored: tuple | None, note: str, tile: int,
-    dtype, scratch: dict,
+    net, source: Pictures, output: Path, limits: tuple, stored: tuple | None, note: str, **how
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Translate a raster of any size to `output` by tiles, of which none but a few are in memory.
 
@@ -186,7 +120,7 @@ def translate_windows(
     # not compressed: a block that is written in parts would be stored again each time
     with formats.create_raster(output, source, shape, stored, note, None) as target:
         result = Windows(source, limits[1], net.output_nc, target)
-        tiling.translate_picture(net, view, np.float32, tile, dtype, **scratch, target=result)
+        tiling.translate_pictures(net, [view], np.float32, targets=[result], **how)
     middle = tuple(slice(n // 2 - min(n // 2, 256), n // 2 + 256) for n in shape[:2])
     fake = formats.read(output)
     return view[middle], formats.to_unit(fake.get(0, middle), limits[1])
@@ -216,26 +150,24 @@ def translate_stack(
     size = args.size if args.size is not None else 0 if args.input else None
     fit = lambda picture: tr.fit(picture, options, size)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    tiles = {"tile": args.tile, "scratch": args.scratch, "fallback": args.workdir / "outputs"}
-    if film and args.smooth:
-        net, batch_size = share_norm(net, args.smooth), 1
-    elif args.volume_norm and not film:
-        net = share_norm(net)
-        for _ in translate_pictures(net, source, limits, fit, batch_size, device, dtype, tiles):
-            pass  # the first pass is for its statistics
-        for module in net.modules():
-            if isinstance(module, SharedNorm):
-                module.frozen = True
+    where = {"scratch": args.scratch, "fallback": args.workdir / "outputs"}
+    tile, joint = args.tile, args.volume_norm and len(source) > 1 and not film
+    if joint:
+        batch_size = len(source)
+    elif film and args.smooth:
+        if tile:
+            raise UserError("--smooth takes whole frames through the network: leave out --tile")
+        net, batch_size, tile = tr.share_norm(net, args.smooth), 1, 0
     elif "transform" in source.geometry and size == 0:
-        view = Windows(source, limits[0], net.input_nc)
-        if tile := tiling.pick_tile(net, [view], dtype, tiles.pop("tile")):
-            common = note, tile, dtype, tiles
-            return translate_windows(net, source, outputs[0], limits, ranges[1], *common)
-        tiles["tile"] = 0
+        tile = tiling.pick_tile(net, [Windows(source, limits[0], net.input_nc)], dtype, tile)
+        if tile:
+            how = {"note": note, "tile": tile, "dtype": dtype, **where}
+            return translate_windows(net, source, outputs[0], limits, ranges[1], **how)
+    how = {"device": device, "dtype": dtype, "joint": joint, "tile": tile, **where}
     shown = []
 
     def translations() -> Iterator[np.ndarray]:
-        pairs = translate_pictures(net, source, limits, fit, batch_size, device, dtype, tiles)
+        pairs = translate_pictures(net, source, limits, fit, batch_size, **how)
         for i, (picture, fake) in enumerate(pairs):
             if i == len(source) // 2 or not shown:
                 shown[:] = formats.to_unit(picture, limits[0]), formats.to_unit(fake, limits[1])

@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import copy
 import csv
 import io
 import itertools
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import datasets
 import utils
@@ -129,22 +131,50 @@ def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
     return picture
 
 
-def run(
-    net, pictures: list[np.ndarray], device, dtype, tile: int | None = None, **scratch: Path | None
-) -> torch.Tensor:
-    """Translate pictures of one size, (H, W, input_nc) -> (N, output_nc, H, W) in [-1, 1].
+class SharedNorm(nn.Module):
+    """Instance norm by the statistics of a whole batch, averaged with those of the last batches.
 
-    `tile` is 0 for one whole batch, the size of the tiles that each picture goes through the
-    network in, or None: tiles only if the batch would not fit into memory. For `scratch` see
-    `tiling.translate_picture`.
+    With statistics of its own for each picture, a network's brightness and colors flicker from one
+    slice or frame to the next. `keep` is how much of the average stays at each batch: 0 for this
+    batch alone. The first ones have equal weights, as in a plain mean.
     """
-    if tile := tiling.pick_tile(net, pictures, dtype, tile):
-        kept = np.float32, tile, dtype
-        fakes = [tiling.translate_picture(net, p, *kept, **scratch) for p in pictures]
-        return torch.stack([torch.from_numpy(fake).permute(2, 0, 1) for fake in fakes])
-    x = torch.stack([datasets.to_tensor(picture) for picture in pictures]).to(device)
-    x = x.contiguous(memory_format=utils.memory_layout(device))  # (N, input_nc, H, W)
-    return translate(net, x, dtype).cpu()
+
+    def __init__(self, eps: float, keep: float):
+        super().__init__()
+        self.eps, self.keep, self.n, self.means = eps, keep, 0, 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = x.float()  # (N, C, H, W)
+        mean = z.mean((0, 2, 3), keepdim=True)
+        square = (z - mean).square().mean((0, 2, 3), keepdim=True) + mean**2
+        self.n += 1
+        weight = max(1 - self.keep, 1 / self.n)
+        self.means = self.means + weight * (torch.stack([mean, square]) - self.means)
+        mean, square = self.means
+        return ((z - mean) * (square - mean**2 + self.eps).rsqrt()).to(x.dtype)
+
+
+def share_norm(net, keep: float = 0.0) -> nn.Module:
+    """A copy of a generator with a `SharedNorm` for each instance norm.
+
+    Raises:
+        UserError: the network has no instance norm.
+    """
+    net = copy.deepcopy(net) if isinstance(net, nn.Module) else nn.Identity()
+    norms = [
+        (module, name, child)
+        for module in net.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.InstanceNorm2d)
+    ]
+    if not norms:
+        raise UserError(
+            "--volume_norm and --smooth share the statistics of instance norm, which this network "
+            "does not have: leave them out"
+        )
+    for module, name, child in norms:
+        setattr(module, name, SharedNorm(child.eps, keep))
+    return net
 
 
 def translate_array(
@@ -173,26 +203,42 @@ def translate_array(
             "their value_range"
         )
     x = formats.to_unit(array, value_range)
-    if tile:
-        y = np.empty((*x.shape[:2], net.output_nc), np.float32)
-        tiling.translate_tiles(net, x, y, tile, dtype)
-    else:
-        on_cpu = isinstance(net, OnnxGenerator)
-        device = torch.device("cpu") if on_cpu else next(net.parameters()).device
-        y = run(net, [x], device, dtype)[0].permute(1, 2, 0).numpy()
+    on_cpu = isinstance(net, OnnxGenerator)
+    device = torch.device("cpu") if on_cpu else next(net.parameters()).device
+    (y,) = translate_batch(net, [x], device, dtype, np.float32, tile=tile)
     values = formats.from_unit(y, target_range or value_range, array)
     return formats.to_stored(values, array.dtype, 1.0, 0.0, None)
 
 
 def translate_batch(
-    net, pictures: list[np.ndarray], device, dtype, tile: int | None = None, **scratch: Path | None
+    net,
+    pictures: list[np.ndarray],
+    device,
+    dtype,
+    kind: type | None = None,
+    joint: bool = False,
+    tile: int | None = None,
+    **scratch: Path | None,
 ) -> list[np.ndarray]:
-    """Translate pictures of one size: (H, W, input_nc) -> (H, W, output_nc) each; see `run`."""
-    colors = net.output_nc in (3, 4) and pictures[0].dtype != np.float32
-    kind = np.uint8 if colors else pictures[0].dtype  # colors are saved with 8 bits
+    """Translate pictures of one size, (H, W, input_nc) -> (H, W, output_nc) each.
+
+    The type of the results is `kind`; None: that of the pictures, but for colors, which are saved
+    with 8 bits. With `joint` all share the statistics of instance norm, as if they were one
+    picture. `tile` is 0 for one whole batch, the size of the tiles that they go through the network
+    in, or None: tiles only if the batch would not fit into memory. For `scratch` see
+    `tiling.translate_pictures`.
+    """
+    shared = share_norm(net) if joint else net
+    if kind is None:
+        colors = net.output_nc in (3, 4) and pictures[0].dtype != np.float32
+        kind = np.uint8 if colors else pictures[0].dtype
     if tile := tiling.pick_tile(net, pictures, dtype, tile):
-        return [tiling.translate_picture(net, p, kind, tile, dtype, **scratch) for p in pictures]
-    return [datasets.to_array(y, kind) for y in run(net, pictures, device, dtype, tile=0)]
+        groups = [pictures] if joint else [[picture] for picture in pictures]
+        fakes = [tiling.translate_pictures(net, g, kind, tile, dtype, **scratch) for g in groups]
+        return list(itertools.chain(*fakes))
+    x = torch.stack([datasets.to_tensor(picture) for picture in pictures]).to(device)
+    x = x.contiguous(memory_format=utils.memory_layout(device))  # (N, input_nc, H, W)
+    return [datasets.to_array(y, kind) for y in translate(shared, x, dtype)]
 
 
 def translate_files(
@@ -201,7 +247,7 @@ def translate_files(
     """Yield (index, source, translation) for each path, or (index, reason, None) if unreadable.
 
     `load` decodes a path. Decoding goes on in threads while the network computes; pictures of one
-    size that follow each other go through it as a batch. For `tiles` see `run`.
+    size that follow each other go through it as a batch. For `tiles` see `translate_batch`.
     """
 
     def attempt(path: Path) -> np.ndarray | str:

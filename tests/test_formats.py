@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 import test
-from lib import formats, stacks
+from lib import formats
 from lib.formats import UnreadableImage
-from lib.translation import translate_array
+from lib.translation import SharedNorm, share_norm, translate_array
 from models import Generator, init_weights
 from tools import export
 from tools import frames as save_frames
@@ -785,6 +785,8 @@ def test_films_and_their_frames(net, tmp_path, capsys):
     torch.save(net.state_dict(), tmp_path / "net.pth")
     words = ["--workdir", tmp_path, "--weights", tmp_path / "net.pth", "--input", film]
     words = [str(word) for word in [*words, "--device", "cpu", "--amp", "off"]]
+    with pytest.raises(UserError, match="leave out --tile$"):
+        test.main(test.parse_args([*words, "--smooth", "0.9", "--tile", "64"]))
     assert test.main(test.parse_args([*words, "--side_by_side", "--smooth", "0.9"])) == 0
     frames = list(formats.read(tmp_path / "outputs" / "B" / "clip.mp4"))
     assert len(frames) == 8 and frames[0].shape == (48, 128, 3)
@@ -804,27 +806,23 @@ def test_films_and_their_frames(net, tmp_path, capsys):
     assert abs(taken.astype(int) - scene(6)).mean() < 6
 
 
-def test_shared_statistics(net):
-    """With those of one picture, or gathered over several that are alike, nothing changes."""
+def test_smooth_is_a_moving_average(net):
+    """Of a batch alone, or with what is kept of those before; (--volume_norm: test_tiling.py)."""
     x = [torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    shared = stacks.share_norm(net)
+    moving = share_norm(net, 0.5)
     with torch.no_grad():
-        assert torch.allclose(shared(x[0]), net(x[0]), atol=1e-5)
-        first = next(m for m in shared.modules() if isinstance(m, stacks.SharedNorm))
-        shared(torch.cat(x[1:]))
-        z = torch.stack([net.model[1](net.model[0](p)) for p in x])  # (3, 1, C, H, W)
-        mean, square = z.mean((0, 1, 3, 4)), z.square().mean((0, 1, 3, 4))
-        assert torch.allclose(first.means, torch.stack([mean, square]), atol=1e-6)
-        moving = stacks.share_norm(net, 0.5)
-        for picture in (x[0], x[1], x[2]):
+        assert torch.allclose(moving(x[0]), net(x[0]), atol=1e-5)
+        for picture in x[1:]:
             moving(picture)
-        first = next(m for m in moving.modules() if isinstance(m, stacks.SharedNorm))
-        mean = (
-            0.25 * z[0].mean((0, 2, 3)) + 0.25 * z[1].mean((0, 2, 3)) + 0.5 * z[2].mean((0, 2, 3))
-        )
-        assert torch.allclose(first.means[0], mean, atol=1e-6)
+        z = torch.stack([net.model[1](net.model[0](p)) for p in x])  # (3, 1, C, H, W)
+    first = next(m for m in moving.modules() if isinstance(m, SharedNorm))
+    expected = [
+        0.25 * v[0] + 0.25 * v[1] + 0.5 * v[2]
+        for v in (z.mean((1, 3, 4)), z.square().mean((1, 3, 4)))
+    ]
+    assert torch.allclose(first.means.squeeze(), torch.stack(expected), atol=1e-6)
     with pytest.raises(UserError, match="does not have: leave them out"):
-        stacks.share_norm(Generator(norm="batch", ngf=2, n_residual_blocks=1))
+        share_norm(Generator(norm="batch", ngf=2, n_residual_blocks=1))
 
 
 def test_a_raster_by_windows(tmp_path):

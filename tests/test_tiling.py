@@ -1,7 +1,9 @@
 """Tiles give the whole picture's result, in the space that was worked out, and leave nothing."""
 
 import contextlib
+import copy
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -22,7 +24,6 @@ from torch import nn
 import datasets
 import test as test_script  # or pytest would collect it
 from lib import tiling
-from lib.stacks import share_norm
 from lib.translation import translate_batch
 from models import Generator, UNet, init_weights, translate
 from utils import UserError
@@ -70,9 +71,9 @@ def whole(net, picture: np.ndarray, dtype=None) -> np.ndarray:
     return translate(net, datasets.to_tensor(picture)[None], dtype)[0].permute(1, 2, 0).numpy()
 
 
-def tiled(net, picture: np.ndarray, tile: int, dtype=None, folder=None, **options) -> np.ndarray:
+def tiled(net, picture: np.ndarray, tile: int, dtype=None, folder=None) -> np.ndarray:
     result = np.full((*picture.shape[:2], net.output_nc), np.nan, np.float32)
-    tiling.translate_tiles(net, picture, result, tile, dtype, folder, **options)
+    tiling.translate_tiles(net, [picture], [result], tile, dtype, folder)
     return result
 
 
@@ -101,7 +102,7 @@ def test_norms_per_tile_would_not_pass():
 def test_pictures_equal_to_one_step(dtype):
     net = make(input_nc=1, output_nc=1) if dtype == np.uint16 else make()
     picture = draw(132, 200, net.input_nc, dtype)
-    result = tiling.translate_picture(net, picture, dtype, 64, None)
+    (result,) = tiling.translate_pictures(net, [picture], dtype, 64, None)
     expected = datasets.to_array(torch.from_numpy(whole(net, picture)).permute(2, 0, 1), dtype)
     most = 1 if dtype == np.uint8 else 4  # 1e-4 is 3.3 of 65535 / 2
     assert result.dtype == dtype
@@ -118,20 +119,27 @@ def test_bf16_is_as_exact_as_the_whole_pass():
     assert 0 < np.abs(result - exact).mean() <= 1.1 * np.abs(expected - exact).mean() < 0.05
 
 
-def test_statistics_from_elsewhere():
-    net, picture = make(), draw(64, 96)
-    result = np.zeros((64, 96, 3), np.float32)
-    used = tiling.translate_tiles(net, picture, result, 32)
-    assert len(used) == 3 + 2 * 2 + 2
-    conv = net.model[1](net.model[0](datasets.to_tensor(picture)[None]))[0]
-    torch.testing.assert_close(used[0][0], conv.mean((1, 2)))
-    torch.testing.assert_close(used[0][1], conv.var((1, 2), correction=0))
-    part = tiled(net, picture[:32, :32], 16, statistics=used)  # away from the edges of the part
-    assert (
-        np.abs(part - result[:32, :32]).mean() < np.abs(part - whole(net, picture[:32, :32])).mean()
-    )
-    other = [(mean + 1, var) for mean, var in used]
-    assert np.abs(tiled(net, picture, 32, statistics=other) - result).max() > 0.1
+@pytest.mark.parametrize("kind", [*KINDS[:2], None], ids=["deconv", "nearest", "unet"])
+def test_slices_share_statistics(kind, tmp_path):
+    """As if every instance norm saw all slices as one; then brightness does not flicker."""
+    net = make(**kind) if kind else init_weights(UNet(ngf=4, num_downs=5), init_gain=0.3).eval()
+    slices = [draw(160, 192) for _ in range(3)]
+    for i, picture in enumerate(slices):
+        picture[: 8 * i, :40] = 255  # grows, far from the lower right corner
+    plain = copy.deepcopy(net)
+    for module in list(plain.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.InstanceNorm2d):  # by itself over (N, H, W)
+                setattr(module, name, nn.BatchNorm2d(child.num_features, 1e-5, None, False, False))
+    x = torch.stack([datasets.to_tensor(picture) for picture in slices])
+    expected = translate(plain, x).permute(0, 2, 3, 1).numpy()
+    flicker = lambda fakes: np.abs(np.diff(np.stack(fakes)[:, -8:, -8:], axis=0)).max()
+    run = lambda **how: translate_batch(net, slices, torch.device("cpu"), None, np.float32, **how)
+    for tile, scratch in ((0, None), (64, None), (100, tmp_path)) if kind else ((0, None),):
+        fakes = run(joint=True, tile=tile, scratch=scratch)
+        assert np.abs(np.stack(fakes) - expected).max() <= 1e-4
+        assert not kind or flicker(fakes) <= 1e-4  # a U-Net sees the whole picture
+    assert flicker(run(tile=0)) > 0.01 and expected.std() > 0.05
 
 
 def test_space_is_as_worked_out(monkeypatch, tmp_path):
@@ -140,13 +148,13 @@ def test_space_is_as_worked_out(monkeypatch, tmp_path):
     def count(self, *args):
         made(self, *args)
         alive.add(self)
-        peaks.append(sum(m.shape[0] * m.shape[1] * m.pixel for m in alive))
+        peaks.append(sum(math.prod(m.shape) * m.dtype.itemsize for m in alive))
         assert list(tmp_path.iterdir()) == []  # the files have no name, so a kill leaves nothing
 
     monkeypatch.setattr(tiling.FeatureMap, "__init__", count)
-    net, picture = make(n_residual_blocks=4), draw(61, 90)
+    net, picture = make(ngf=8, n_residual_blocks=4), draw(61, 90)
     tiled(net, picture, 32, folder=tmp_path)
-    assert max(peaks) == tiling.scratch_bytes(net, 61, 90, None) == 64 * 92 * 4 * 4 * 3 // 2
+    assert max(peaks) == tiling.scratch_bytes(net, (1, 61, 90), None) == 64 * 92 * 8 * 4 * 3 // 2
     assert len(alive) == 0
 
 
@@ -154,16 +162,18 @@ def test_no_room(monkeypatch, tmp_path):
     net, picture = make(), draw(64, 96)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1000))
     with pytest.raises(UserError, match=r"\(0\.0 GB are needed, .*--scratch"):
-        tiling.translate_picture(net, picture, np.uint8, 32, None, tmp_path)
-    tiling.translate_picture(net, picture, np.uint8, 32, None, None, tmp_path)  # fits into memory
+        tiling.translate_pictures(net, [picture], np.uint8, 32, None, tmp_path)
+    tiling.translate_pictures(
+        net, [picture], np.uint8, 32, None, None, tmp_path
+    )  # fits into memory
     monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="scratch space"):
-        tiling.translate_picture(net, picture, np.uint8, 32, None, None, tmp_path)
+        tiling.translate_pictures(net, [picture], np.uint8, 32, None, None, tmp_path)
     monkeypatch.undo()
     full = open("/dev/full", "w+b", 0)  # noqa: SIM115
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full)
     with pytest.raises(UserError, match="No space left on device.*--scratch"):
-        tiling.translate_picture(net, picture, np.uint8, 32, None, tmp_path)
+        tiling.translate_pictures(net, [picture], np.uint8, 32, None, tmp_path)
 
 
 def test_pick_tile(monkeypatch):
@@ -176,13 +186,10 @@ def test_pick_tile(monkeypatch):
     assert tiling.pick_tile(net, [large[0]] * 2, None) == 512
     assert pick(large[1], torch.bfloat16) == pick(large[1], None, 0) == 0
     assert pick(large[0], None, 100) == 100
-    unet, shared = UNet(ngf=4, num_downs=5), share_norm(net)
-    for other in (unet, shared):
-        assert tiling.pick_tile(other, [large[0]], None) == 0
-        with pytest.raises(UserError, match="only ResNet generators"):
-            tiling.pick_tile(other, [large[0]], None, 100)
+    unet = UNet(ngf=4, num_downs=5)
+    assert tiling.pick_tile(unet, [large[0]], None) == 0
     with pytest.raises(UserError, match="only ResNet generators"):
-        tiling.pick_tile(shared, [large[1]], None)
+        tiling.pick_tile(unet, [large[0]], None, 100)
 
 
 @pytest.fixture(scope="module")
