@@ -102,7 +102,7 @@ class Plain:
 class Case:
     """One thing to measure: plain, strict, ours, or plain with one of `optimizations` alone."""
 
-    task: str  # train, translate, or matmul, where `name` is the precision
+    task: str  # train or translate
     name: str
     device: torch.device
     size: int
@@ -130,16 +130,13 @@ def precision_of(case: Case) -> str:
 
 @functools.cache
 def make_step(case: Case) -> Callable[[], object]:
-    """The function to time: a training step, a translation, or a matrix product."""
+    """Return the function to time: a training step or a translation."""
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = case.name != "strict"  # PyTorch's default is True
     torch.backends.cudnn.benchmark = case.name == "benchmark"
-    if case.task == "matmul":
-        torch.backends.cuda.matmul.allow_tf32 = case.name == "tf32"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(case.name, torch.float32)
-        a, b = torch.randn(2, case.size, case.size, device=case.device).to(dtype)
-        return lambda: a @ b
-    ours, dtype = case.name == "ours", case.dtype if case.name in ("ours", "amp") else None
+    ours, plain = case.name == "ours", case.name in ("plain", "strict")
+    compiled = case.name == "compile" or (ours and case.compile)
+    dtype = case.dtype if case.name in ("ours", "amp") else None
     layout = torch.channels_last if case.name == "channels_last" else torch.contiguous_format
     if ours:
         utils.set_backends(case.device, dtype)
@@ -149,16 +146,14 @@ def make_step(case: Case) -> Callable[[], object]:
     if case.task == "translate":
         net = init_weights(make_generator("resnet_9blocks", 3, 3, ngf=case.ngf)).eval()
         net.to(case.device, memory_format=layout)
-        if case.name == "compile":
+        if compiled:
             net.compile()
-        plain = case.name in ("plain", "strict")
         return torch.no_grad()(lambda: net(x) if plain else translate(net, x, dtype))
     options = ["--ngf", str(case.ngf), "--ndf", str(case.ngf)] + ([] if ours else ["--ema", "0"])
-    compiled = case.name == "compile" or (ours and case.compile)
-    options = train.parse_args([*options, "--compile"] if compiled else options)
-    if case.name in ("plain", "strict"):
-        plain = Plain(options, case.device)
-        return lambda: plain.step(x, y)
+    options = train.parse_args(options + ["--compile"] * compiled)
+    if plain:
+        reference = Plain(options, case.device)
+        return lambda: reference.step(x, y)
     model = train.CycleGAN(options, case.device, dtype)
     if not ours:
         keep_one(model, case.name)
@@ -166,7 +161,7 @@ def make_step(case: Case) -> Callable[[], object]:
 
 
 def keep_one(model: train.CycleGAN, name: str) -> None:
-    """Undo what CycleGAN chose for the device, but for the optimization `name`."""
+    """Undo what CycleGAN chose for the device, except for the optimization `name`."""
     model.batched = name == "batched"
     for net in model.networks().values():
         layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
@@ -177,11 +172,11 @@ def keep_one(model: train.CycleGAN, name: str) -> None:
 
 
 def count_flops(task: str, size: int, ngf: int) -> int:
-    """Floating point operations that one picture (of each domain) needs; a MAC is two.
+    """Return the floating point operations for one picture (of each domain); a MAC is two.
 
     An iteration is six passes of a generator forwards, and backwards for two passes' worth each;
     two passes of a discriminator for the generators, which need its input's gradient alone, and
-    four for itself. What plain spends on gradients that nobody uses does not count as useful.
+    four for itself. Gradients that plain computes and nobody uses are not counted.
     """
     flops = []
     with torch.device("meta"):
@@ -198,20 +193,24 @@ def count_flops(task: str, size: int, ngf: int) -> int:
 # Measuring
 
 
+def time_steps(step: Callable[[], object], n: int, device: torch.device) -> float:
+    """Return the seconds that n steps take."""
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    wait()
+    return time.perf_counter() - start
+
+
 def run_steps(case: Case, n: int) -> tuple[float, int]:
     """Take n steps in this process; returns seconds and the peak bytes of memory.
 
     The bytes are of tensors on a GPU, elsewhere of the whole process.
     """
-    wait = torch.accelerator.synchronize if case.device.type != "cpu" else lambda: None
     with utils.explain_out_of_memory("a smaller batch needs less"):
-        step = make_step(case)
-        wait()
-        start = time.perf_counter()
-        for _ in range(n):
-            step()
-        wait()
-        seconds = time.perf_counter() - start
+        seconds = time_steps(make_step(case), n, case.device)
     if is_cuda(case):
         return seconds, torch.cuda.max_memory_allocated(case.device)
     import resource  # Windows has none
@@ -244,80 +243,74 @@ def measure(cases: list[Case], rounds: int, steps: int) -> list[tuple[float, flo
 
 @functools.cache
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """Operations per second of a large matrix product: the most that the device can do."""
+    """Return the operations per second of a large matrix product: the most the device can do."""
     n, steps = (8192, 10) if device.type == "cuda" else (2048, 1)
-    return 2 * n**3 / measure([Case("matmul", precision, device, n)], 8, steps)[0][0]
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 * steps / min(time_steps(lambda: a @ a, steps, device) for _ in range(5))
 
 
 # ------------------------------------------------------------------------------------------------
 # The tables
 
 
-HEAD = ("task", "step", "precision", "size", "batch", "s/step", "images/s", "peak GB")
-HEAD += ("first s", "of matmul rate", "speed")
-
-
 def print_row(*cells) -> None:
-    widths = (9, 13, 9, 4, 5, 8, 8, 8, 8, 20, 6)
-    print(
-        f"| {' | '.join(f'{c!s:<{w}}' for c, w in zip(cells, widths, strict=True))} |", flush=True
-    )
+    print("| " + " | ".join(f"{cell!s:<9}" for cell in cells) + " |", flush=True)
 
 
 def compare(args, device: torch.device, dtype: torch.dtype | None) -> None:
     """Print a row for each task, size, batch and way; each way is measured in turn with plain."""
-    print_row(*HEAD)
-    print_row(*["---"] * len(HEAD))
+    head = ("task", "step", "precision", "size", "batch", "s/step", "images/s", "peak GB")
+    head += ("first s", "of matmul rate", "speed")
+    print_row(*head)
+    print_row(*["---"] * len(head))
     for task, size, batch in product(("train", "translate"), args.sizes, args.batches):
         plain = Case(task, "plain", device, size, batch, dtype, args.ngf, args.compile)
         ways = (["strict"] if is_cuda(plain) else []) + ["ours"]
-        for i, way in enumerate(ways + (optimizations(plain) if args.each else [])):
+        ways += optimizations(plain) if args.each else []
+        for way in ways:
             cases = [plain, replace(plain, name=way)]
             try:
                 results = measure(cases, args.rounds, args.steps)
             except UserError as error:
                 print_row(task, way, "", size, batch, error, *[""] * 5)
                 continue
-            for case, result in list(zip(cases, results, strict=True))[min(i, 1) :]:
-                print_result(case, result, results[0][0])  # plain once, beside the first way
-
-
-def print_result(case: Case, result: tuple, plain_seconds: float) -> None:
-    (seconds, first, memory), precision = result, precision_of(case)
-    rate = matmul_rate(case.device, precision)
-    share = count_flops(case.task, case.size, case.ngf) * case.batch / seconds / rate
-    print_row(
-        *(case.task, case.name, precision, case.size, case.batch),
-        *(f"{seconds:.4f}", f"{case.batch / seconds:.2f}", f"{memory / 1e9:.2f}", f"{first:.1f}"),
-        *(f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s", f"{plain_seconds / seconds:.2f}"),
-    )
-
-
-def loader_rate(data: datasets.UnpairedImages, workers: int) -> float:
-    """Pictures per second at batch 1, after the first."""
-    sampler = datasets.RunSampler(len(data), 1, 1, range(10**9))
-    batches = iter(datasets.make_loader(data, sampler, workers, pin=False))
-    next(batches)
-    n, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < LOADER_SECONDS:
-        next(batches)
-        n += 2
-    return n / spent
+            for case, (seconds, first, memory) in zip(cases, results, strict=True):
+                if case == plain and way != ways[0]:
+                    continue  # plain has its row, beside the first way
+                rate = matmul_rate(device, precision_of(case))
+                share = count_flops(task, size, args.ngf) * batch / seconds / rate
+                print_row(
+                    *(task, case.name, precision_of(case), size, batch, f"{seconds:.4f}"),
+                    *(f"{batch / seconds:.2f}", f"{memory / 1e9:.2f}", f"{first:.1f}"),
+                    *(f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s", f"{results[0][0] / seconds:.2f}"),
+                )
+    memory = "tensors" if device.type == "cuda" else "the whole process"
+    print(f"\npeak GB: of {memory}; first s: the first step, with compiling and searching;")
+    print("speed: plain's seconds, measured in turn with the row's, over the row's")
 
 
 def bench_data(dataroot: Path, size: int) -> None:
-    """Print the pictures per second that the loader gives, from disk and from memory."""
+    """Print the pictures per second that the loader gives at batch 1, from disk and from memory."""
     args = train.parse_args(["--size", str(size), "--load_size", str(round(size * 286 / 256))])
     A, B = (datasets.Domain(dataroot, f"train{x}", 3, args, Path(os.devnull)) for x in "AB")
     data = datasets.UnpairedImages(A, B, size)
+    sampler = datasets.RunSampler(len(data), 1, 1, range(10**9))
     print("| loader | size | pictures/s |\n|---|---|---|")
-    for workers in sorted({0, args.workers}):
-        print(f"| not cached, {workers} workers | {size} | {loader_rate(data, workers):.0f} |")
-    start = time.perf_counter()
-    A.cache()
-    B.cache()
-    filling = time.perf_counter() - start
-    print(f"| cached (filled in {filling:.1f} s) | {size} | {loader_rate(data, 0):.0f} |")
+    for way, workers in (("not cached", 0), ("not cached", args.workers), ("cached", 0)):
+        start = time.perf_counter()
+        if way == "cached":
+            A.cache()
+            B.cache()
+            way += f" (filled in {time.perf_counter() - start:.1f} s)"
+        batches = iter(datasets.make_loader(data, sampler, workers, pin=False))
+        next(batches)
+        n, start = 0, time.perf_counter()
+        while (spent := time.perf_counter() - start) < LOADER_SECONDS:
+            next(batches)
+            n += 2
+        print(f"| {way}, {workers} workers | {size} | {n / spent:.0f} |")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,10 +335,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Print the table; raises UserError if a number is out of range."""
     device, dtype, _, _ = utils.setup(args)
-    batches, rounds, steps = ([1, 2], 3, 1) if device.type == "cpu" else ([1, 4, 16], 7, 20)
-    args.batches = batches if args.batches is None else args.batches
-    args.rounds = rounds if args.rounds is None else args.rounds
-    args.steps = steps if args.steps is None else args.steps
+    defaults = {"batches": [1, 4, 16], "rounds": 7, "steps": 20}
+    if device.type == "cpu":
+        defaults = {"batches": [1, 2], "rounds": 3, "steps": 1}
+    for name in [name for name in defaults if vars(args)[name] is None]:
+        vars(args)[name] = defaults[name]
     if min(*args.batches, args.steps, args.rounds, args.ngf) < 1:
         raise UserError("--batches, --steps, --rounds and --ngf must be at least 1")
     if any(size % 4 or size < 32 for size in args.sizes):
@@ -353,11 +347,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{utils.describe(device)}, {torch.get_num_threads()} threads\n")
     if args.data:
         bench_data(args.data, args.sizes[-1])
-        return
-    compare(args, device, dtype)
-    memory = "tensors" if device.type == "cuda" else "the whole process"
-    print(f"\npeak GB: of {memory}; first s: the first step, with compiling and searching;")
-    print("speed: plain's seconds, measured in turn with the row's, over the row's")
+    else:
+        compare(args, device, dtype)
 
 
 if __name__ == "__main__":

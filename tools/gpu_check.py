@@ -8,6 +8,8 @@ row is a line of result/gpu_check.jsonl as soon as it is known; result/gpu_check
 """
 
 import argparse
+import contextlib
+import functools
 import io
 import json
 import os
@@ -18,15 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import train
 import utils
 from lib import checkpoint
 from tools import bench
+from tools.demo import draw_demo
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ SMALL = "--size 32 --load_size 36 --ngf 4 --ndf 4 --n_residual_blocks 1 --pool_s
 
 
 class Report:
-    """Rows of the report: written as lines of JSON at once, as a Markdown table by `close`."""
+    """Rows of figures: lines of JSON, written at once, and a Markdown table by `close`."""
 
     def __init__(self, folder: Path):
         self.folder, self.rows = utils.make_folder(folder), []
@@ -42,11 +43,10 @@ class Report:
 
     def add(self, check: str, case: str, ok: bool | None, **figures) -> None:
         """Add a row; `ok` is None where there is nothing to pass or fail."""
-        row = {"check": check, "case": case, "ok": ok, **figures}
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
+        self.rows.append({"check": check, "case": case, "ok": ok, **figures})
+        print(json.dumps(self.rows[-1]), flush=True)
         with open(self.folder / "gpu_check.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(self.rows[-1]) + "\n")
 
     def close(self, head: str) -> None:
         lines = [head, "", "| check | case | result | figures |", "|---|---|---|---|"]
@@ -58,7 +58,7 @@ class Report:
 
 
 def make_model(options: str, device: torch.device, dtype=None, layout=None) -> train.CycleGAN:
-    """train.py's model; its weights in another memory format than the device's, if one is given."""
+    """Return train.py's model, in another memory format than the device's if one is given."""
     utils.set_backends(device, dtype)
     model = train.CycleGAN(train.parse_args(options.split()), device, dtype)
     model.layout = layout or model.layout
@@ -68,13 +68,13 @@ def make_model(options: str, device: torch.device, dtype=None, layout=None) -> t
 
 
 def make_batch(model: train.CycleGAN, n: int, height: int, width: int, seed: int) -> tuple:
-    """The same random pictures (n, 3, height, width) in [-1, 1] on every device: real_A, real_B."""
+    """Return random pictures (n, 3, height, width) in [-1, 1], the same on every device."""
     x = torch.rand(2, n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return tuple(t.to(model.device).contiguous(memory_format=model.layout) for t in x)
 
 
 def take_steps(model: train.CycleGAN, steps: int, n: int, first: int = 0) -> torch.Tensor:
-    """Losses (steps, losses) of iterations on n pictures, the same in each call."""
+    """Return losses (steps, losses) of iterations on n pictures, the same in each call."""
     rows = []
     for i in range(first, first + steps):
         width = 32 + 4 * (i % 3) * (model.args.preprocess == "none")
@@ -85,14 +85,14 @@ def take_steps(model: train.CycleGAN, steps: int, n: int, first: int = 0) -> tor
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Norm of a - b over the norm of b."""
+    """Return the norm of a - b over the norm of b."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def moments(model: train.CycleGAN, name: str) -> list[torch.Tensor]:
-    """Adam's moments of each weight, on the host."""
-    optimizers = (model.optimizer_G, model.optimizer_D)
-    return [m[name].cpu() for optimizer in optimizers for m in optimizer.state.values()]
+def moments(model: train.CycleGAN, name: str) -> torch.Tensor:
+    """Return Adam's moments of all weights in their logical order, on the host, (weights,)."""
+    states = (*model.optimizer_G.state.values(), *model.optimizer_D.state.values())
+    return torch.cat([state[name].cpu().flatten() for state in states])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,23 +112,25 @@ def check_steps(report: Report, device: torch.device) -> None:
     # PyTorch's CPU gradient of instance norm is wrong for one picture in channels_last (2.15)
     n = 2 if device.type == "cpu" else 1
     for case, (options, dtype, *most) in cases.items():
-        reference = make_model(f"{SMALL} {options}", CPU, layout=NCHW)
         model = make_model(f"{SMALL} {options}", device, dtype, NHWC)
         if dtype == torch.float16:  # a scale at which no step is skipped
             model.scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
-        losses, wanted = take_steps(model, 1, n), take_steps(reference, 1, n)
-        ours, theirs = (
-            torch.cat([m.flatten() for m in moments(net, "exp_avg")]) for net in (model, reference)
+        pair, losses, gradients = (
+            (model, make_model(f"{SMALL} {options}", CPU, layout=NCHW)),
+            [],
+            [],
         )
-        losses = torch.cat([losses, take_steps(model, 4, n, first=1)])
-        wanted = torch.cat([wanted, take_steps(reference, 4, n, first=1)])
-        gradient, loss = difference(ours, theirs), difference(losses, wanted)
+        for one in pair:
+            losses.append(take_steps(one, 1, n))
+            gradients.append(moments(one, "exp_avg"))
+            losses[-1] = torch.cat([losses[-1], take_steps(one, 4, n, first=1)])
+        loss, gradient = difference(*losses), difference(*gradients)
         ok = loss <= most[0] and gradient <= most[1]
         report.add("step", case, ok, loss=f"{loss:.1e}", gradient=f"{gradient:.1e}")
 
 
 def move(model: train.CycleGAN, device: torch.device, layout) -> train.CycleGAN:
-    """Save the model to a file, and load the file into another one."""
+    """Save the model to a file, and load the file into another one, which is returned."""
     file = io.BytesIO()
     torch.save(checkpoint.copy_to_host(checkpoint.gather_state(model)), file)
     file.seek(0)
@@ -145,17 +147,13 @@ def check_resume(report: Report, device: torch.device) -> None:
         model = make_model(SMALL, places[source][0], layout=places[source][1])
         take_steps(model, 3, 2)
         moved = move(model, *places[target])
-        same = all(
-            torch.equal(a, b)
-            for name in ("exp_avg", "exp_avg_sq")
-            for a, b in zip(moments(model, name), moments(moved, name), strict=True)
-        )
+        names = ("exp_avg", "exp_avg_sq")
+        same = all(torch.equal(moments(model, name), moments(moved, name)) for name in names)
         states = (*moved.optimizer_G.state.items(), *moved.optimizer_D.state.items())
         strides = all(m["exp_avg"].stride() == weight.stride() for weight, m in states)
         loss = difference(take_steps(moved, 5, 2, first=3), take_steps(model, 5, 2, first=3))
         figures = {"moments_equal": same, "strides_equal": strides, "loss": f"{loss:.1e}"}
-        ok = same and strides and loss <= 1e-3
-        report.add("resume", f"{source} to {target}", ok, **figures)
+        report.add("resume", f"{source} to {target}", same and strides and loss <= 1e-3, **figures)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -190,89 +188,60 @@ KINDS = {  # words in the names of kernels (GPU) or operations (CPU), the first 
 
 def check_profile(report: Report, args, device: torch.device, dtype) -> None:
     """Launches and milliseconds of a step, and the share of each kind of kernel."""
-    model = make_model(args.networks, device, dtype)
-    batch = make_batch(model, 1, args.size, args.size, 0)
-    for _ in range(3):
-        model.step([batch])
     cuda, steps = device.type == "cuda", 10 if device.type == "cuda" else 2
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=activities) as profiler:
-        for _ in range(steps):
-            model.step([batch])
-        if cuda:
-            torch.cuda.synchronize()
+    model = make_model(args.networks, device, dtype)
+    step = functools.partial(model.step, [make_batch(model, 1, args.size, args.size, 0)])
+    bench.time_steps(step, 3, device)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+        bench.time_steps(step, steps, device)
     shares, launches = dict.fromkeys([*KINDS, "others"], 0.0), 0
     for event in profiler.key_averages():
         name = event.key.lower()
-        on_device = event.self_device_time_total if cuda else event.self_cpu_time_total
         launches += event.count if not cuda or "launchkernel" in name else 0
-        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "others")
-        shares[kind] += on_device / 1000
+        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:
+            on_device = event.self_device_time_total if cuda else event.self_cpu_time_total
+            fits = (kind for kind, words in KINDS.items() if any(word in name for word in words))
+            shares[next(fits, "others")] += on_device / 1000
     total = sum(shares.values())
-    figures = {kind: f"{100 * ms / total:.0f}%" for kind, ms in shares.items()}
     count = "launches" if cuda else "operations"
-    busy = {count: round(launches / steps), "busy_ms": round(total / steps, 2)}
-    report.add("profile", f"size {args.size}", None, **busy, **figures)
+    figures = {count: round(launches / steps), "busy_ms": round(total / steps, 2)}
+    figures |= {kind: f"{100 * ms / total:.0f}%" for kind, ms in shares.items()}
+    report.add("profile", f"size {args.size}", None, **figures)
 
 
 def check_speed(report: Report, args, device: torch.device, dtype) -> None:
     """Seconds of the classic iteration and of ours, in turn, against a matrix product."""
-    cuda = device.type == "cuda"
-    side, steps = (8192, 20) if cuda else (1024, 1)
-    a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
-    rate = 2 * side**3 / min(time_steps(lambda: a @ a, 10, cuda) for _ in range(5))
-    report.add("matrix product", f"{side}", None, teraflops=f"{rate / 1e12:.2f}")
-    name = utils.precision_name(dtype)
-    cases = {"plain": (NCHW, ""), f"{name} NCHW": (NCHW, ""), f"{name} NHWC": (NHWC, "")}
-    cases |= {f"{name} compiled": (None, "--compile")} if cuda else {}
-    for batch in args.batches:
-        times = {case: [] for case in cases}
+    n_steps, name = 20 if device.type == "cuda" else 1, utils.precision_name(dtype)
+    rate = bench.matmul_rate(device, name)
+    report.add("matrix product", name, None, teraflops=f"{rate / 1e12:.2f}")
+    cases = {f"{name} NCHW": (NCHW, ""), f"{name} NHWC": (NHWC, "")}
+    cases |= {f"{name} compiled": (None, " --compile")} if device.type == "cuda" else {}
+    for n in args.batches:
         try:
             with utils.explain_out_of_memory("a smaller batch needs less"):
-                functions = {
-                    case: make_step(args, case, batch, layout, options, device, dtype)
-                    for case, (layout, options) in cases.items()
-                }
-                for turn in range(args.rounds + 1):  # the first compiles and searches algorithms
-                    for case, step in functions.items():
+                plain = bench.Plain(train.parse_args(args.networks.split()), device)
+                x, y = torch.rand(2, n, 3, args.size, args.size, device=device) * 2 - 1
+                steps = {"plain": functools.partial(plain.step, x, y)}
+                for case, (layout, options) in cases.items():
+                    model = make_model(args.networks + options, device, dtype, layout)
+                    batch = make_batch(model, n, args.size, args.size, 0)
+                    steps[case] = functools.partial(model.step, [batch])
+                times = {case: [] for case in steps}
+                for _ in range(args.rounds + 1):  # the first compiles and searches algorithms
+                    for case, step in steps.items():
                         utils.set_backends(device, dtype, fixed_sizes=case != "plain")
                         torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
-                        seconds = time_steps(step, steps, cuda)
-                        times[case] += [seconds] if turn else []
+                        times[case].append(bench.time_steps(step, n_steps, device) / n_steps)
         except utils.UserError as error:
-            report.add("speed", f"batch {batch}", None, error=str(error))
+            report.add("speed", f"batch {n}", None, error=str(error))
             continue
-        flops = bench.count_flops("train", args.size, args.ngf) * batch
-        for case, seconds in times.items():
-            s, plain = statistics.median(seconds), statistics.median(times["plain"])
+        flops = bench.count_flops("train", args.size, args.ngf) * n
+        medians = {case: statistics.median(seconds[1:]) for case, seconds in times.items()}
+        for case, s in medians.items():
             figures = {"ms": f"{1000 * s:.1f}", "steps_per_s": f"{1 / s:.2f}"}
-            figures |= {"of_matmul": f"{100 * flops / s / rate:.0f}%", "speed": f"{plain / s:.2f}x"}
-            report.add("speed", f"batch {batch} {case}", None, **figures)
-
-
-def make_step(args, case: str, n: int, layout, options: str, device: torch.device, dtype):
-    """One step of a row of `check_speed`, as a function."""
-    size = args.size
-    if case == "plain":
-        plain = bench.Plain(train.parse_args(args.networks.split()), device)
-        x, y = torch.rand(2, n, 3, size, size, device=device) * 2 - 1
-        return lambda: plain.step(x, y)
-    model = make_model(f"{args.networks} {options}", device, dtype, layout)
-    batch = make_batch(model, n, size, size, 0)
-    return lambda: model.step([batch])
-
-
-def time_steps(step, n: int, cuda: bool) -> float:
-    """Seconds of a step, the mean of n."""
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    wait()
-    return (time.perf_counter() - start) / n
+            figures |= {"of_matmul": f"{100 * flops / s / rate:.0f}%"}
+            figures |= {"speed": f"{medians['plain'] / s:.2f}x"}
+            report.add("speed", f"batch {n} {case}", None, **figures)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,48 +267,39 @@ utils.run(train.main, train.parse_args(sys.argv[1:]))
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 def check_runs(report: Report, device: torch.device, folder: Path) -> None:
     """A GPU that is full is one sentence; a run of one rank, killed, goes on after its restart."""
-    rng = np.random.default_rng(0)
-    for name in ("trainA", "trainB", "testA", "testB"):
-        for i in range(4):
-            utils.make_folder(folder / "data" / name)
-            pixels = rng.integers(0, 256, (72, 72, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "data" / name / f"{i}.png")
-    words = f"--dataroot {folder / 'data'} --n_epochs 3 --no_tensorboard --device {device.type}"
+    draw_demo(folder / "data", n_train=4, n_test=4)
+    options = f"--dataroot {folder / 'data'} --n_epochs 3 --no_tensorboard --device {device.type}"
+
+    def run(name: str, *command: str) -> tuple[int, str]:
+        """Train by a command in a folder `name`; returns the exit code and the last message."""
+        environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
+        words = [sys.executable, *command, *options.split(), "--workdir", str(folder / name)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, (done.stderr.splitlines() or [""])[-1]
+
     if device.type == "cuda":
-        done = run("-c", FULL, *f"{words} --workdir {folder / 'step'}".split())
-        ok = done.returncode == 2 and "out of memory" in done.stderr.splitlines()[-1]
-        report.add("out of memory", "in a step", ok, last_line=done.stderr.splitlines()[-1])
+        code, last = run("step", "-c", FULL)
+        ok = code == 2 and "out of memory" in last
+        report.add("out of memory", "in a step", ok, last_line=last)
         blocks = []
         for size in (2**30, 2**24, 2**20):
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 while True:
                     blocks.append(torch.empty(size, dtype=torch.uint8, device=device))
-            except torch.OutOfMemoryError:
-                pass
-        done = run("train.py", *f"{words} --workdir {folder / 'start'}".split())
-        ok = done.returncode == 2 and "out of memory" in done.stderr.splitlines()[-1]
-        report.add("out of memory", "at the start", ok, last_line=done.stderr.splitlines()[-1])
+        code, last = run("start", "-m", "train")
+        ok = code == 2 and "out of memory" in last
+        report.add("out of memory", "at the start", ok, last_line=last)
         del blocks
         torch.cuda.empty_cache()
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=1 --max-restarts=1"
-    command = [*launcher.split(), "--no-python", sys.executable, "-c", KILLED]
-    done = run(*command, *f"{SMALL} {words} --workdir {folder / 'killed'}".split())
-    last = (done.stderr.splitlines() or [""])[-1]
-    ok = done.returncode == 0
-    if ok:
-        state = checkpoint.load_run(folder / "killed")
-        ok, last = state["iteration"] == 12, f"iteration {state['iteration']}"
+    command = [*launcher.split(), "--no-python", sys.executable, "-c", KILLED, *SMALL.split()]
+    code, last = run("killed", *command)
+    iteration = checkpoint.load_run(folder / "killed")["iteration"] if code == 0 else 0
+    end = last if code else f"iteration {iteration}"
     backend = "NCCL" if device.type == "cuda" else "gloo"
-    report.add("restart", f"one rank, {backend}", ok, end=last)
+    report.add("restart", f"one rank, {backend}", iteration == 12, end=end)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -359,11 +319,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Write the report; returns 1 if a check failed."""
-    start = time.time()
+    start, figures = time.time(), {}
     device, dtype, _, _ = utils.setup(args)
     args.networks = f"--size {args.size} --load_size {args.size} --ngf {args.ngf} --ndf {args.ngf}"
     report = Report(args.workdir / "result")
-    figures = {}
     if device.type == "cuda":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(device)))
         figures = {"capability": capability, "compiled_for": " ".join(torch.cuda.get_arch_list())}

@@ -1,7 +1,6 @@
 """Plain and ours compute the same, FLOPs are right, each case sets what it says, a table comes."""
 
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -100,16 +99,18 @@ def test_plain_is_pytorch_as_it_comes(backends):
     assert "benchmark" in bench.optimizations(gpu) and "amp" not in bench.optimizations(gpu)
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.bench", "--device", "cpu", *words]
-    return subprocess.run(command, capture_output=True, text=True)
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
 
 
-def test_command_prints_the_table():
-    result = run("--sizes", "32", "--batches", "1", "--rounds", "1", "--steps", "1", "--ngf", "8")
-    assert result.returncode == 0, result.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()]
-    rows = [row for row in rows if row]
+def test_command_prints_the_table(capsys, monkeypatch):
+    """All of the command, but in threads of this process; see the next test."""
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    words = "--device cpu --amp off --sizes 32 --batches 1 --rounds 1 --ngf 2"
+    bench.main(bench.parse_args(words.split()))
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in first
+    rows = [row for row in table("\n".join(lines)) if row]
     assert [row[:2] for row in rows[2:]] == [
         ["train", "plain"],
         ["train", "ours"],
@@ -122,14 +123,21 @@ def test_command_prints_the_table():
         assert float(cells["s/step"]) > 0
         assert float(cells["peak GB"]) > 0.05 and float(cells["speed"]) > 0
         assert "GFLOP/s" in cells["of matmul rate"]
-    assert torch.__version__ in result.stdout.splitlines()[0]
+
+
+def test_cases_are_measured_in_processes_of_their_own():
+    bench.make_step.cache_clear()
+    case = bench.Case("translate", "plain", torch.device("cpu"), 32, ngf=2)
+    ((seconds, first, memory),) = bench.measure([case], rounds=2, steps=1)
+    assert first > seconds > 0 and memory > 5e7
+    assert bench.make_step.cache_info().currsize == 0
 
 
 def test_loader_is_measured(dataroot, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LOADER_SECONDS", 0.1)
     bench.main(bench.parse_args(["--data", str(dataroot), "--sizes", "32", "--device", "cpu"]))
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert "not cached, 0 workers" in rows[0][0] and "cached (filled in" in rows[2][0]
+    rows = table(capsys.readouterr().out)[-3:]
+    assert rows[0][0] == "not cached, 0 workers" and rows[2][0].startswith("cached (filled in")
     assert all(int(row[2]) > 0 for row in rows)
 
 
