@@ -33,23 +33,30 @@ def held_out(dataroot: Path, domain: str, options: dict) -> list[str]:
     return sorted(rng.permutation(names)[:n].tolist())
 
 
+def find_split_pairs(
+    dataroot: Path, split: str, options: dict
+) -> dict[str, list[tuple[Path, Path | None]]]:
+    """Return for A2B and B2A the pictures of a split, each with its ground truth or None."""
+    folders, pairs = {x: find_split(dataroot, split, x, options) for x in "AB"}, {}
+    for direction in ("A2B", "B2A"):
+        source, target = folders[direction[0]], folders[direction[-1]]
+        found = find_pairs(source, target)
+        pairs[direction] = [
+            (source / name, Path(truth) if truth else None) for name, truth in found
+        ]
+    return pairs
+
+
 def find_pictures(dataroot: Path, options: dict) -> dict[str, list[tuple[Path, Path | None]]]:
     """Return for A2B and B2A the pictures to choose weights by, each with its ground truth or None.
 
     They are the val split's, or those of `held_out` where there is none; never the test split's.
     """
     aside = {domain: held_out(dataroot, domain, options) for domain in "AB"}
-    split = "train" if aside["A"] or aside["B"] else "val"
-    folders = {domain: find_split(dataroot, split, domain, options) for domain in "AB"}
-    pairs = {}
-    for direction in ("A2B", "B2A"):
-        source, target = folders[direction[0]], folders[direction[-1]]
-        if split == "train":
-            pairs[direction] = [(source / name, None) for name in aside[direction[0]]]
-        else:
-            found = find_pairs(source, target)
-            pairs[direction] = [(source / n, Path(truth) if truth else None) for n, truth in found]
-    return pairs
+    if not (aside["A"] or aside["B"]):
+        return find_split_pairs(dataroot, "val", options)
+    folders = {domain: find_split(dataroot, "train", domain, options) for domain in "AB"}
+    return {way: [(folders[way[0]] / n, None) for n in aside[way[0]]] for way in ("A2B", "B2A")}
 
 
 def measure(

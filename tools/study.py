@@ -2,26 +2,35 @@
 
     python -m tools.study --recipe default="--demo" --recipe classic="--demo --classic" --seeds 5
 
-Each run is train.py, test.py and tools/evaluate.py, in its own folder under `study/`. The same
-command again continues: finished runs are kept, an unfinished one is resumed. The table holds every
-finished run in the folder.
+Each run is train.py, test.py and tools/evaluate.py, in its own process and its own folder under
+`study/`. The same command again continues: finished runs are kept, an unfinished one is resumed.
+The table holds every finished run in the folder.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
+import shutil
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
+import torch
+
+import test
+import train
 import utils
-from lib import logger
+from lib import logger, validation
+from lib import translation as tr
+from models import load_generator
+from tools import evaluate
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
 # heading, key in result/metrics.json, what a unit of it is, decimals
 MEASURES = (
     ("whole", "whole", 1, 3),
@@ -34,75 +43,102 @@ MEASURES = (
     ("SWD", "swd", 1, 0),
     ("KID", "kid", 1, 4),
 )
+KINDS = {"last": "last weights", "average": "average weights"}
+KINDS |= {"selected": "selected epoch", "oracle": "oracle's epoch"}
+
+# ------------------------------------------------------------------------------------------------
+# One run
 
 
-def run_script(name: str, folder: Path, options: list[str], threads: int) -> None:
-    """Run a script as its own process, its output to `output.txt`; UserError if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    with open(folder / "output.txt", "ab") as output:
-        command = [sys.executable, "-m", name, *options, "--workdir", folder]
-        code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
-    if code:
-        raise UserError(f"{name} ended with code {code}: see {folder / 'output.txt'}")
-
-
-def threads_for(args: argparse.Namespace) -> int:
-    return max(1, (os.cpu_count() or 1) // args.jobs)
-
-
-def run_once(folder: Path, name: str, options: str, args: argparse.Namespace, seed: int) -> None:
-    """Train in `folder` and measure, unless that is done; the figures go to `figures.json`.
-
-    Raises:
-        UserError: a script failed, or the folder holds a finished run of other options.
-    """
-    command = f"python train.py {options}".strip()
-    if (folder / "figures.json").exists():
-        done = json.loads((folder / "figures.json").read_text())["command"]
-        if done != command:
-            raise UserError(f"{folder} is done with `{done}`: give --recipe {name} another name")
-        return
-    threads = threads_for(args)
-    utils.make_folder(folder)
-    again = ["--resume"] if any((folder / "models").glob("train_state*.pth")) else []
-    typed = [*shlex.split(options), "--seed", str(seed), "--no_tensorboard", *again]
-    run_script("train", folder, typed, threads)
-    trained = json.loads((folder / "models" / "options.json").read_text())
+def run_once(folder: Path, name: str, command: str, seed: int, kid: bool) -> None:
+    """Train in `folder`, or go on, and measure; the figures go to `figures.json`."""
+    models, words = folder / "models", ["--workdir", str(folder)]
+    typed = [*shlex.split(command)[2:], "--seed", str(seed), "--no_tensorboard", *words]
+    typed += ["--resume"] if any(models.glob("train_state*.pth")) else []
+    with mock.patch.object(train, "evaluate", keep_epoch):
+        if train.main(train.parse_args(typed)):
+            raise KeyboardInterrupt  # the run is saved
+    trained = tr.read_options(models)
+    pick_oracle(models, trained)
     figures = {
         "data": Path(trained["dataroot"]).name,
         "recipe": name,
         "command": command,
         "minutes": logger.read_csv(folder / "logs" / "losses.csv")["seconds"][-1] / 60,
     }
-    no_fid = [] if args.kid else ["--no_fid"]
-    for kind, last in (("last", ["--last"]), ("average", [])):
-        if kind == "last" or trained["ema"]:
-            run_script("test", folder, last, threads)
-            run_script("tools.evaluate", folder, [*last, *no_fid], threads)
+    for kind, weights, wanted in (
+        ("oracle", ["--models", str(models / "oracle")], (models / "oracle").exists()),
+        ("selected", ["--models", str(models / "best")], (models / "best").exists()),
+        ("last", ["--last"], True),
+        ("average", [], trained["ema"]),
+    ):
+        if wanted:
+            test.main(test.parse_args([*words, *weights]))
+            no_fid = [] if kid else ["--no_fid"]
+            evaluate.main(evaluate.parse_args([*words, *weights, *no_fid]))
             figures[kind] = json.loads((folder / "result" / "metrics.json").read_text())
     utils.save_json(folder / "figures.json", figures)
 
 
+def keep_epoch(model, log, epoch: int, best: float | None, evaluate=train.evaluate) -> float:
+    """Do what train.py does every `--eval_every` epochs, and keep the generators."""
+    folder = utils.make_folder(model.args.workdir / "models" / "epochs" / f"{epoch:04d}")
+    for name, net in model.best_generators().items():
+        utils.save_tensors(folder / f"{name}.pth", net.state_dict())
+    return evaluate(model, log, epoch, best)
+
+
+def pick_oracle(models: Path, options: dict) -> None:
+    """Keep as `oracle/` the epoch of the least error vs. ground truth on the test split, if known.
+
+    The other epochs that `keep_epoch` kept are deleted.
+    """
+    pairs = validation.find_split_pairs(Path(options["dataroot"]), "test", options)
+    pairs = {way: [pair for pair in found if pair[1]] for way, found in pairs.items()}
+    device, dtype, _, _ = utils.setup(argparse.Namespace(**options))
+    scores, oracle = {}, models / "oracle"
+    for epoch in (models / "epochs").glob("*") if all(pairs.values()) else []:
+        nets = {path.stem: load_generator(path, device) for path in epoch.iterdir()}
+        _, scores[epoch] = validation.measure(nets, pairs, options, device, dtype)
+    if scores and not oracle.exists():
+        os.replace(min(scores, key=scores.get), oracle)
+        shutil.copy(models / "options.json", oracle)
+    shutil.rmtree(models / "epochs", ignore_errors=True)
+
+
+def run_apart(threads: int, folder: Path, *more) -> None:
+    """`run_once` in a process made for it, with so many threads; messages go to `output.txt`."""
+    with open(folder / "output.txt", "ab") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())  # also for processes that it starts
+    torch.set_num_threads(threads)
+    run_once(folder, *more)
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+
 def spread(values: list[float], digits: int) -> str:
-    """The mean, and the standard deviation where there is more than one."""
-    words = f"{statistics.mean(values):.{digits}f}"
-    return f"{words} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else words
+    """Return the mean, and the standard deviation where there is more than one."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def make_row(name: str, found: list[tuple[dict, dict]], done: list[dict]) -> list[str]:
-    """A recipe's measures from pairs (of the translation, of identity), one pair for a run."""
+def make_row(name: str, measured: list[dict], kind: str, done: list[dict]) -> list[str]:
+    """Return the cells of a row: of translation, identity or flat in each run's measures."""
     cells = [name]
     for _, key, unit, digits in MEASURES:
-        values = [made.get(key) for made, _ in found]
+        values = [found[kind].get(key) for found in measured]
         if key == "changed" and None not in values:
-            values = [made[key] / identity[key] for made, identity in found]
+            values = [found[kind][key] / found["identity"][key] for found in measured]
         cells.append("" if None in values else spread([v / unit for v in values], digits))
     minutes = f"{statistics.mean(run['minutes'] for run in done):.1f}" if done else ""
     return [*cells, minutes, str(len(done) or "")]
 
 
 def make_tables(figures: list[dict]) -> str:
-    """For each data set and direction a row for each recipe and kind of weights."""
+    """Return for each data set and direction a table: a row for each recipe and kind of weights."""
     lines = []
     for data in dict.fromkeys(run["data"] for run in figures):
         recipes: dict[str, list[dict]] = {}
@@ -112,13 +148,12 @@ def make_tables(figures: list[dict]) -> str:
         for direction in ("A2B", "B2A"):
             rows = [["recipe", *(head for head, *_ in MEASURES), "minutes", "seeds"]]
             for name, done in recipes.items():
-                for kind in [kind for kind in ("last", "average") if kind in done[0]]:
-                    both = [run[kind][direction] for run in done]
-                    found = [(one["translation"], one["identity"]) for one in both]
-                    rows.append(make_row(f"{name}, {kind} weights", found, done))
-            for kind, name in (("identity", "identity"), ("flat", "flat colour")):
-                if both[0].get(kind):
-                    rows.append(make_row(name, [(both[0][kind], both[0]["identity"])], []))
+                for kind in [kind for kind in KINDS if kind in done[0]]:
+                    measured = [run[kind][direction] for run in done]
+                    rows.append(make_row(f"{name}, {KINDS[kind]}", measured, "translation", done))
+            for kind, name in (("identity", "identity"), ("flat", "flat color")):
+                if measured[0].get(kind):
+                    rows.append(make_row(name, measured[:1], kind, []))
             columns = [c for c in zip(*rows, strict=True) if any(c[1:])]  # those with figures
             head, *rest = (f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
             lines += [f"## {data}, {direction}", "", head, "|---" * len(columns) + "|", *rest, ""]
@@ -134,57 +169,68 @@ identity (the source as it is). changed: the same where source and truth differ 
 255. kept: mean absolute error elsewhere, of 255. RMSE, of 255. under 5 and 10: the share of pixels
 whose largest channel error is below that. cycle: mean absolute difference of a picture and its way
 there and back, of 255. SWD: sliced Wasserstein distance to the targets. minutes: of training.
+selected epoch: the one that `--eval_every` chose on held-out pictures; oracle's epoch: the one that
+has the least error on the test split itself, so the difference is what the choice costs.
 
 """
 
 
-def write_table(args: argparse.Namespace, path: Path) -> str:
+def write_table(args: argparse.Namespace, threads: int) -> str:
     done = sorted(args.folder.glob("*/figures.json"))
     tables = make_tables([json.loads(file.read_text()) for file in done])
     machine = utils.describe(utils.pick_device(None))
-    side_by_side = f"{args.jobs} at a time, threads of each: {threads_for(args)}"
-    text = f"{HEAD}{tables}\n{machine}; {side_by_side}\n"
-    with utils.atomic_write(path) as file:
+    text = f"{HEAD}{tables}\n{machine}; {args.jobs} at a time, threads of each: {threads}\n"
+    with utils.atomic_write(utils.make_folder(args.workdir / "result") / "study.md") as file:
         file.write(text.encode())
     return text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare recipes over several seeds.")
-    parser.add_argument(
-        "--recipe",
-        action="append",
-        metavar="NAME=OPTIONS",
-        help="a recipe and its options for train.py; give several (default=--demo)",
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe (5)")
-    parser.add_argument("--kid", action="store_true", help="KID and FID too (slow on a CPU)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument("--folder", type=Path, default=Path("study"), help="where runs go (study)")
+    add = parser.add_argument
+    text = "a recipe and its options for train.py; give several (default=--demo)"
+    add("--recipe", action="append", metavar="NAME=OPTIONS", help=text)
+    add("--seeds", type=int, default=5, help="runs of each recipe (5)")
+    add("--kid", action="store_true", help="KID and FID too (slow on a CPU)")
+    add("--jobs", type=int, default=1, help="runs at a time (1)")
+    add("--folder", type=Path, default=Path("study"), help="where runs go (study)")
     utils.add_workdir(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is not done yet, and write the table anew after every run."""
+    """Run what is not done yet, and write the table anew after every run.
+
+    Raises:
+        UserError: a run failed, or a finished one has other options than its recipe.
+    """
     recipes = {}
     for recipe in args.recipe or ["default=--demo"]:
         name, equals, options = recipe.partition("=")
         if not equals or not name.replace("_", "").isalnum():
             raise UserError(f"--recipe {recipe} is not of the form NAME=OPTIONS")
-        recipes[name] = options.strip()
-    jobs = [(seed, name) for seed in range(args.seeds) for name in recipes]
-    table = utils.make_folder(args.workdir / "result") / "study.md"
+        recipes[name] = f"python train.py {options.strip()}".strip()
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
 
     def work(job: tuple[int, str]) -> None:
-        seed, name = job
-        run_once(args.folder / f"{name}_{seed}", name, recipes[name], args, seed)
-        write_table(args, table)
-        print(f"{name}, seed {seed}: done")
+        (seed, name), folder = job, utils.make_folder(args.folder / "{1}_{0}".format(*job))
+        if (folder / "figures.json").exists():
+            done = json.loads((folder / "figures.json").read_text())["command"]
+            if done != recipes[name]:
+                raise UserError(f"{folder} is done with `{done}`: give {name} another name")
+            return
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                run = folder, name, recipes[name], seed, args.kid
+                pool.submit(run_apart, threads, *run).result()
+        except (UserError, BrokenProcessPool) as error:
+            raise UserError(f"the run in {folder} failed ({error}): see its output.txt") from error
+        write_table(args, threads)
+        print(f"{folder} is done")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, jobs))
-    print(write_table(args, table))
+        list(pool.map(work, [(seed, name) for seed in range(args.seeds) for name in recipes]))
+    print(write_table(args, threads))
 
 
 if __name__ == "__main__":

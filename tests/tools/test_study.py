@@ -1,13 +1,19 @@
 """Recipes x seeds: the table, and that finished runs are kept."""
 
+import functools
 import json
 import statistics
 
 import pytest
+import tiny
+import torch
 
+from lib import metrics
+from models import Generator
 from tools import study
-from tools.demo import draw_demo
 from utils import UserError
+
+TINY = tiny.TINY.replace("--n_epochs 3", "--n_epochs 1")
 
 
 def figures(recipe: str, errors: list[float], minutes: float = 3.0) -> dict:
@@ -36,7 +42,7 @@ def test_table():
     assert both[5] == f"| plain, average weights | 0.300 ± {deviation / 2:.3f} | {rest}"
     assert both[6] == "| other, last weights | 0.500 | 20.0 | 25.0 | 50.0 | 3.0 | 1 |"
     assert both[7] == "| identity | 1.000 | 50.0 |  |  |  |  |"
-    assert both[8] == "| flat colour | 1.500 | 40.0 |  |  |  |  |"
+    assert both[8] == "| flat color | 1.500 | 40.0 |  |  |  |  |"
     back = lines[lines.index("## demo, B2A") :]
     assert back[4] == f"| plain, last weights | 0.250 ± 0.000 | {rest}"
     assert "- plain: `python train.py plain`" in lines
@@ -54,38 +60,72 @@ def test_table_of_unpaired_pictures():
     assert "| identity |" not in table
 
 
-def test_runs_and_goes_on(tmp_path, monkeypatch):
-    draw_demo(tmp_path / "data", n_train=2, n_test=2)
-    tiny = "--size 32 --load_size 36 --ngf 4 --ndf 4 --n_residual_blocks 1 --n_epochs 1"
-    recipe = f"one=--dataroot {tmp_path / 'data'} {tiny}"
-    words = ["--recipe", recipe, "--seeds", "1", "--workdir", str(tmp_path)]
+def options_of(dataroot, more: str = "") -> str:
+    return f"--dataroot {dataroot} {TINY} {more}"
+
+
+def test_a_run_is_measured_and_kept(dataroot, tmp_path, monkeypatch):
+    """One run in this process, with rows of four kinds; then it is finished for good."""
+    few = functools.partial(metrics.sample_patches, n=64)
+    monkeypatch.setattr(metrics, "sample_patches", few)
+    options = options_of(dataroot, "--lr 0.01 --eval_every 1 --n_epochs 3")
+    study.run_once(tmp_path / "runs/one_0", "one", f"python train.py {options}", 0, False)
+    figures = json.loads((tmp_path / "runs/one_0/figures.json").read_text())
+    errors = {
+        kind: sum(figures[kind][way]["translation"]["mae"] for way in ("A2B", "B2A"))
+        for kind in ("last", "average", "selected", "oracle")
+    }
+    assert errors["oracle"] < errors["average"] != errors["last"]  # of noise: it only gets worse
+    assert errors["oracle"] <= errors["selected"]
+    assert not (tmp_path / "runs/one_0/models/epochs").exists()
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", None)  # nothing may be started again
+    words = ["--recipe", f"one={options}", "--seeds", "1", "--workdir", str(tmp_path)]
     words += ["--folder", str(tmp_path / "runs")]
     study.main(study.parse_args(words))
     table = (tmp_path / "result" / "study.md").read_text()
-    assert "| one, last weights | " in table and "| one, average weights | " in table
-
-    figures = json.loads((tmp_path / "runs" / "one_0" / "figures.json").read_text())
-    last, average = (figures[kind]["A2B"]["translation"]["changed"] for kind in ("last", "average"))
-    assert last != average
-
-    def refuse(*args, **settings):
-        raise AssertionError("a finished run was started again")
-
-    monkeypatch.setattr(study.subprocess, "run", refuse)
-    study.main(study.parse_args(words))
-    assert (tmp_path / "result" / "study.md").read_text() == table
-
+    for row in ("last weights", "average weights", "selected epoch", "oracle's epoch"):
+        assert table.count(f"| one, {row} | ") == 2  # A2B and B2A
     words[1] += " --lr 1e-3"
     with pytest.raises(UserError, match="another name"):
         study.main(study.parse_args(words))
 
 
+def test_the_oracle_is_the_epoch_of_the_least_error(dataroot, tmp_path, monkeypatch):
+    options = {"dataroot": str(dataroot), "device": "cpu", "cuda": False, "amp": "off"}
+    seen = []
+
+    def measure(nets, pairs, *more) -> tuple[dict, float]:
+        value = float(nets["netG_B2A"].model[1].bias[0].detach())  # of epochs 1, 2, 3: 3, 1, 2
+        seen.append((value, {way: [truth.name for _, truth in pairs[way]] for way in pairs}))
+        return {}, value
+
+    for epoch, value in enumerate((3.0, 1.0, 2.0), 1):
+        for name in ("netG_A2B", "netG_B2A"):
+            net = Generator(ngf=2, n_residual_blocks=1)
+            torch.nn.init.constant_(net.model[1].bias, value)
+            path = tmp_path / "epochs" / f"{epoch:04d}" / f"{name}.pth"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(net.state_dict(), path)
+    (tmp_path / "options.json").write_text("{}")
+    monkeypatch.setattr(study.validation, "measure", measure)
+    study.pick_oracle(tmp_path, options)
+    names = {way: ["0.png", "1.png"] for way in ("A2B", "B2A")}
+    assert sorted(seen) == [(value, names) for value in (1.0, 2.0, 3.0)]
+    bias = torch.load(tmp_path / "oracle" / "netG_A2B.pth", weights_only=True)["model.1.bias"]
+    assert bias[0] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"oracle", "options.json"}
+
+
 def test_a_failed_run_is_reported(tmp_path):
-    words = ["--recipe", f"one=--dataroot {tmp_path / 'nothing'}", "--seeds", "1"]
+    """A real process, whose messages are in output.txt: there are no pictures to test with."""
+    tiny.draw_set(tmp_path / "data", 1, 1)
+    (tmp_path / "data" / "testB").rename(tmp_path / "data" / "elsewhere")
+    words = ["--recipe", f"one={options_of(tmp_path / 'data')}", "--seeds", "1"]
     words += ["--folder", str(tmp_path / "runs"), "--workdir", str(tmp_path)]
-    with pytest.raises(UserError, match="output.txt"):
+    with pytest.raises(UserError, match="one_0 failed .*testB.*: see its output.txt"):
         study.main(study.parse_args(words))
-    assert "nothing" in (tmp_path / "runs" / "one_0" / "output.txt").read_text()
+    assert "[Epoch 1/1]" in (tmp_path / "runs" / "one_0" / "output.txt").read_text()
 
 
 def test_bad_recipe(tmp_path):
