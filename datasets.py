@@ -240,16 +240,14 @@ class Domain:
         channels: int,
         options,
         skip_log: Path,
-        axis: int = -1,
         limits: tuple[float, float] | None = None,
         excluded: Sequence[str] = (),
     ):
         self.folder = find_split(dataroot, split)
         self.names = [name for name in list_images(self.folder) if name not in set(excluded)]
-        counts = [formats.count(self.folder / name, axis) for name in self.names]
+        counts = [formats.count(self.folder / name, options.axis) for name in self.names]
         self.ends = np.cumsum(counts)  # of each file's pictures, so that a slice is found by number
         self.channels, self.options, self.skip_log = channels, options, skip_log
-        self.axis = axis
         self.limits = limits or self.find_limits()
         self.cached: list[torch.Tensor | None] = []
         self.first = self[0]  # raises at the start if no picture can be read
@@ -270,7 +268,7 @@ class Domain:
         path = self.folder / self.names[file]
         index = i - int(self.ends[file])  # from the file's last picture
         try:
-            picture = load_image(path, self.channels, self.limits, index, self.axis)
+            picture = load_image(path, self.channels, self.limits, index, self.options.axis)
         except UnreadableImage as error:
             report_skipped(self.skip_log, path, str(error))
             return None
@@ -286,7 +284,7 @@ class Domain:
         for name in self.names:
             if not name.lower().endswith(formats.PICTURES):
                 with contextlib.suppress(UnreadableImage):
-                    source = formats.read(self.folder / name, self.channels, self.axis)
+                    source = formats.read(self.folder / name, self.channels, self.options.axis)
                     if source.limits is None:
                         raise formats.ask_for_range(self.folder / name)
                     return source.limits if source.geometry else None
@@ -371,14 +369,19 @@ class RunSampler:
     rank: int = 0
     world_size: int = 1
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        start = self.first_sample
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """(epoch, number of its first sample) of each step."""
+        first = self.first_sample
         for epoch in self.epochs:
-            for step in range(start, self.length, self.per_step):
-                mine, stride = self.rank * self.batch_size, self.world_size * self.batch_size
-                for first in range(step + mine, step + self.per_step, stride):
-                    yield [(epoch, first + i) for i in range(self.batch_size)]
-            start = 0
+            for sample in range(first, self.length, self.per_step):
+                yield epoch, sample
+            first = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        mine, stride = self.rank * self.batch_size, self.world_size * self.batch_size
+        for epoch, sample in self.steps():
+            for first in range(sample + mine, sample + self.per_step, stride):
+                yield [(epoch, first + i) for i in range(self.batch_size)]
 
 
 def make_loader(data: UnpairedImages, sampler: RunSampler, workers: int, pin: bool) -> DataLoader:

@@ -220,7 +220,8 @@ def make_generator(
 ) -> nn.Module:
     """The generator that `--netG` names: resnet_9blocks, resnet_6blocks, unet_256 or unet_128."""
     if netG.startswith("unet"):
-        options.pop("upsample", None)  # a U-Net's way up is part of its design
+        for name in ("upsample", "keep_source"):  # a U-Net has no such choices
+            options.pop(name, None)
         num_downs = 8 if netG == "unet_256" else 7
         return UNet(input_nc, output_nc, num_downs=num_downs, **options)
     blocks = n_residual_blocks or (6 if netG == "resnet_6blocks" else 9)

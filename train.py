@@ -4,7 +4,8 @@
     python train.py --quick --dataroot dataset/mine
     torchrun --nproc_per_node=4 train.py --dataroot dataset/apple2orange
 
-From top to bottom: the losses and the step (class CycleGAN), the loop, the options.
+From top to bottom: the losses and the step (class CycleGAN), the loop, what happens around it. The
+options are in lib/options.py.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import datasets
 import utils
 from lib import checkpoint, validation
 from lib.logger import Logger
+from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from models import Discriminator, init_weights, make_generator
 from tools.demo import draw_demo
 from utils import ReplayBuffer, UserError
@@ -63,7 +65,7 @@ class CycleGAN:
         torch.manual_seed(args.seed)
         options = {"norm": args.norm, "upsample": args.upsample, "dropout": args.dropout}
         options |= {"ngf": args.ngf, "n_residual_blocks": args.n_residual_blocks}
-        options |= {"keep_source": True} if args.keep_source else {}  # a U-Net has no such option
+        options |= {"keep_source": args.keep_source}
         self.netG_A2B = make_generator(args.netG, args.input_nc, args.output_nc, **options)
         self.netG_B2A = make_generator(args.netG, args.output_nc, args.input_nc, **options)
         options = {"netD": args.netD, "n_layers_D": args.n_layers_D, "norm": args.norm}
@@ -245,59 +247,20 @@ class CycleGAN:
 # The loop
 
 
-def load_data(args) -> datasets.UnpairedImages:
-    """The training set, in memory if it fits."""
-    skip_log, (first, second) = args.workdir / "logs" / "skipped.txt", args.direction.split("to")
-    common, options = (args, skip_log, args.axis), vars(args)
-    aside = [validation.held_out(args.dataroot, domain, options) for domain in "AB"]
-    A, B = (
-        datasets.Domain(args.dataroot, f"train{letter}", channels, *common, limits, excluded)
-        for letter, channels, limits, excluded in (
-            (first, args.input_nc, args.range_A, aside[0]),
-            (second, args.output_nc, args.range_B, aside[1]),
-        )
-    )
-    for name, domain in (("range_A", A), ("range_B", B)):  # by which test.py returns to units
-        args.options[name] = vars(args)[name] = domain.limits and list(domain.limits)
-    share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fits = A.cache_bytes() + B.cache_bytes() < share
-    if args.cache == "on" or (args.cache == "auto" and fits):
-        A.cache()
-        B.cache()
-    return datasets.UnpairedImages(A, B, args.size, not args.no_flip, args.seed)
-
-
-def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> float:
-    """Measure on unseen pictures, keep the best generators in models/best/; the best score yet."""
-    args, nets, options = model.args, model.best_generators(), vars(model.args)
-    pairs = validation.find_pictures(args.dataroot, options)
-    metrics, score = validation.measure(nets, pairs, options, model.device, model.dtype)
-    log.log("metrics", {"epoch": epoch, "iteration": model.iteration, **metrics})
-    if model.rank == 0 and (best is None or score < best):
-        folder = utils.make_folder(args.workdir / "models" / "best")
-        for name, net in nets.items():
-            utils.save_tensors(folder / f"{name}.pth", net.state_dict())
-        utils.save_json(folder / "options.json", args.options)
-    return score if best is None else min(score, best)
-
-
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
-    whole = args.preprocess in ("none", "scale_width")
-    device, dtype, rank, world_size = utils.setup(args, fixed_sizes=not whole)
+    one_size = args.preprocess not in ("none", "scale_width")
+    device, dtype, rank, world_size = utils.setup(args, fixed_sizes=one_size)
     data = load_data(args)
     model = CycleGAN(args, device, dtype, rank, world_size)
     progress = {"epoch": 0, "sample": 0, "seconds": 0.0, "best": None}
     if state:
         checkpoint.restore(model, state)
         progress = {name: state[name] for name in progress}
-        if progress["sample"] >= len(data):  # there are fewer pictures now
-            progress.update(epoch=progress["epoch"] + 1, sample=0)
     elif args.init_from:
         checkpoint.load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world_size  # samples
     n_steps = math.ceil(len(data) / per_step)  # in an epoch
-    first = n_steps - math.ceil((len(data) - progress["sample"]) / per_step)  # step of the epoch
     epochs = range(progress["epoch"], args.n_epochs)
     sampler = datasets.RunSampler(
         len(data), args.batch_size, per_step, epochs, progress["sample"], rank, world_size
@@ -309,7 +272,8 @@ def train(args, state: dict | None) -> int:
         pair = (datasets.to_float(x.to(device, non_blocking=True)) for x in next(loader))
         return tuple(x.contiguous(memory_format=model.layout) for x in pair)  # real_A, real_B
 
-    log = Logger(args, rank, model.iteration, len(epochs) * n_steps - first)
+    remaining = len(epochs) * n_steps - progress["sample"] // per_step
+    log = Logger(args, rank, model.iteration, remaining)
     saver = checkpoint.Saver(args, rank, world_size)
     with contextlib.closing(stop), contextlib.closing(log), contextlib.closing(saver):
         log.print(
@@ -323,42 +287,38 @@ def train(args, state: dict | None) -> int:
         stopping, began = 0, time.time() - progress["seconds"]
         if not state:
             saver.save(model, progress)
-        for epoch in epochs:
-            for step in range(first, n_steps):
-                at = epoch + step / n_steps
-                lr = args.lr * utils.lr_factor(args.lr_policy, at, args.n_epochs, args.decay_epoch)
-                for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
-                    group["lr"] = lr
-                start = time.time()
-                batches = [next_batch() for _ in range(args.accumulate)]
-                log.waited += time.time() - start
-                model.step(batches)
-                progress["sample"] += per_step
-                progress["seconds"] = time.time() - began
-                last = step == n_steps - 1
-                if model.iteration % args.log_every == 0 or last:
-                    losses = model.mean_losses()
-                    row = {"epoch": epoch + 1, "iteration": model.iteration, **losses, "lr": lr}
-                    log.log("losses", {**row, "seconds": progress["seconds"]})
-                    log.check_change(model.iteration, losses["change"])
-                if model.iteration % args.sample_every == 0 or last:
-                    log.log_samples(model, "latest", *([f"epoch_{epoch + 1:03d}"] if last else []))
-                log.bar.update()
-                if last:
-                    samples = (n_steps - first) * per_step
-                    log.log_epoch(epoch + 1, n_steps, samples, losses, lr)
-                    progress.update(epoch=epoch + 1, sample=0)
-                    if args.eval_every and (epoch + 1) % args.eval_every == 0:
-                        progress["best"] = evaluate(model, log, epoch + 1, progress["best"])
-                stopping, due = stop.agree(saver.minutes() > args.save_minutes)
-                if last or due or stopping:
-                    saver.save(model, progress)
-                    log.plot()
-                if stopping:
-                    break
+        for epoch, sample in sampler.steps():
+            done = epoch + sample / len(data)  # epochs, with their fraction
+            lr = args.lr * utils.lr_factor(args.lr_policy, done, args.n_epochs, args.decay_epoch)
+            for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
+                group["lr"] = lr
+            start = time.time()
+            batches = [next_batch() for _ in range(args.accumulate)]
+            log.waited += time.time() - start
+            model.step(batches)
+            log.bar.update()
+
+            last = sample + per_step >= len(data)  # of the epoch
+            progress |= {"epoch": epoch, "sample": sample + per_step}
+            progress["seconds"] = time.time() - began
+            if model.iteration % args.log_every == 0 or last:
+                losses = model.mean_losses()
+                row = {"epoch": epoch + 1, "iteration": model.iteration, **losses, "lr": lr}
+                log.log("losses", {**row, "seconds": progress["seconds"]})
+                log.check_change(model.iteration, losses["change"])
+            if model.iteration % args.sample_every == 0 or last:
+                log.log_samples(model, "latest", *([f"epoch_{epoch + 1:03d}"] if last else []))
+            if last:
+                log.log_epoch(epoch + 1, n_steps, per_step, losses, lr)
+                progress |= {"epoch": epoch + 1, "sample": 0}
+                if args.eval_every and (epoch + 1) % args.eval_every == 0:
+                    progress["best"] = evaluate(model, log, epoch + 1, progress["best"])
+            stopping, due = stop.agree(saver.minutes() > args.save_minutes)
+            if last or due or stopping:
+                saver.save(model, progress)
+                log.plot()
             if stopping:
                 break
-            first = 0
         saver.close()
         utils.all_ranks(True)  # all is on disk
         if stopping:  # signals are still caught: torchrun sends them again
@@ -370,230 +330,49 @@ def train(args, state: dict | None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------
-# Options
-
-# photographs on two CPU cores in ten minutes; what is typed beside these presets overrides them
-KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
-QUICK = {"size": 128, "load_size": 143, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
-QUICK |= {"upsample": "nearest", "keep_source": True, "n_epochs": 0, **KEEP_SOURCE}
-QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
-
-# small enough for two CPU cores and six minutes
-DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
-DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4, "keep_source": True}
-
-# what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
-CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0, "keep_source": False}
+# Before, after and beside the loop
 
 FOLDERS = ("dataset", "models", "images", "logs", "outputs", "result")  # in --workdir
 
-# what a resume cannot change, because the saved weights would not fit or would mean something else
-FIXED = ("netG", "n_residual_blocks", "ngf", "upsample", "norm", "dropout", "netD", "n_layers_D")
-FIXED += ("ndf", "input_nc", "output_nc", "direction", "keep_source", "range_A", "range_B")
-FIXED += ("axis",)
 
-RANGES = {  # low <= value < high
-    "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
-    "output_nc log_every sample_every id_every n_val": (1, math.inf),
-    "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
-    "lambda_id init_gain": (0, math.inf),
-    "ema beta1": (0, 1),
-}
-
-
-def add(group, names: str, default, text: str, **more) -> None:
-    """Add an option whose type is that of its default; False makes a flag."""
-    if default is False:
-        more["action"] = "store_true"
-    elif "type" not in more:
-        more["type"] = type(default)
-    if default is not None and default is not False:
-        text += f" ({default})"
-    group.add_argument(*names.split(), default=default, help=text, **more)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="python train.py --dataroot FOLDER [options]",
-        description="Train CycleGAN on two folders of unpaired pictures.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-    )
-    g = parser.add_argument_group("run")
-    add(g, "--dataroot", Path("dataset/apple2orange"), "folder with trainA, trainB, testA, testB")
-    add(g, "--demo", False, "draw a small set of pictures if need be, and train on it in minutes")
-    add(g, "--quick", False, "own photographs in minutes: 128x128, narrow, --keep_source")
-    add(
-        g, "--classic", False, "no averages, batch 1: --batch_size 1 --lr 2e-4 --id_every 1 --ema 0"
-    )
-    add(g, "--workdir", Path("."), "where models/, images/, logs/, outputs/, result/ go")
-    exclusive = g.add_mutually_exclusive_group()
-    words = "go on with the run in --workdir; auto: start one if there is none"
-    exclusive.add_argument(
-        "--resume", nargs="?", default=False, const=True, choices=["auto"], help=words
-    )
-    add(exclusive, "--restart", False, "overwrite the run in --workdir")
-    add(g, "--init_from", None, "folder of weights to start from (fine-tuning)", type=Path)
-    add(g, "--seed", 0, "of weights, order and crops")
-    add(g, "--save_minutes", 10.0, "save this often within an epoch too")
-    add(g, "--log_every", 50, "iterations between rows of logs/losses.csv")
-    add(g, "--sample_every", 100, "iterations between images/latest.png")
-    add(g, "--eval_every", 0, "epochs between measurements that choose models/best/; 0: never")
-    add(g, "--n_val", 16, "pictures of each domain set aside for them if there is no valA, valB")
-    add(g, "--no_tensorboard", False, "write no TensorBoard files")
-
-    g = parser.add_argument_group("schedule")
-    policies = ["linear", "step", "cosine", "constant"]
-    add(g, "--n_epochs", 200, "epochs in all")
-    add(g, "--decay_epoch", None, "lr falls from here on; step: every so many (half)", type=int)
-    add(g, "--lr_policy", "linear", "how the learning rate falls", choices=policies)
-    add(g, "--lr", 2e-4, "learning rate of Adam")
-    add(g, "--beta1", 0.5, "first momentum of Adam")
-    add(g, "--batch_size --batchSize", 1, "pictures of each domain at a time")
-    add(g, "--accumulate", 1, "batches whose gradients are averaged for one iteration")
-
-    g = parser.add_argument_group("objective")
-    modes = ["lsgan", "vanilla", "hinge", "l1"]
-    add(g, "--gan_mode", "lsgan", "adversarial loss", choices=modes)
-    add(g, "--lambda_cyc", 10.0, "weight of the cycle loss")
-    add(g, "--lambda_A", None, "the same for A -> B -> A alone (lambda_cyc)", type=float)
-    add(g, "--lambda_B", None, "the same for B -> A -> B alone (lambda_cyc)", type=float)
-    add(g, "--lambda_id", 5.0, "weight of the identity loss; 0: not computed")
-    add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
-    add(g, "--pool_size", 50, "fakes kept for each discriminator; 0: none")
-    add(g, "--ema", 0.998, "moving average of the generators' weights; 0: none")
-
-    g = parser.add_argument_group("pictures")
-    ways = ["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"]
-    add(g, "--preprocess", ways[0], "how a picture is brought to size", choices=ways)
-    add(g, "--load_size", 286, "what it is resized to")
-    add(g, "--size --crop_size", 256, "what is cropped from it")
-    add(g, "--no_flip", False, "no random horizontal flips")
-    add(g, "--direction", "AtoB", "BtoA swaps the two folders", choices=["AtoB", "BtoA"])
-    add(g, "--input_nc", 3, "channels of A: 1 grey (8 or 16 bits), 3 RGB, n from .npy files")
-    add(g, "--output_nc", 3, "channels of B")
-    units = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
-    add(g, "--range_A", None, "values of A that become -1 and 1 (those of the type)", **units)
-    add(g, "--range_B", None, "values of B", **units)
-    add(g, "--axis", -1, "of volumes, across the slices", choices=[-1, 0, 1, 2])
-    add(g, "--cache", "auto", "decoded pictures in memory", choices=["auto", "on", "off"])
-    workers = min(4, os.cpu_count() or 1)
-    add(g, "--workers --n_cpu", workers, "processes that decode what is not in memory")
-
-    g = parser.add_argument_group("networks")
-    generators = ["resnet_9blocks", "resnet_6blocks", "unet_256", "unet_128"]
-    discriminators = ["basic", "n_layers", "pixel", "strided"]
-    inits = ["normal", "xavier", "kaiming", "orthogonal"]
-    add(g, "--netG", generators[0], "generator", choices=generators)
-    add(g, "--n_residual_blocks", None, "instead of the 9 or 6 that --netG says", type=int)
-    add(g, "--ngf", 64, "width of the generators")
-    add(g, "--upsample", "deconv", "nearest: no checkerboards", choices=["deconv", "nearest"])
-    text = "change the source instead of replacing it; with --lambda_cyc 3 --lambda_id 0"
-    add(g, "--keep_source", False, text)
-    add(g, "--dropout", False, "dropout in the generators' middle layers")
-    add(g, "--netD", "basic", "basic: 70x70 PatchGAN", choices=discriminators)
-    add(g, "--n_layers_D", 3, "stride-2 layers of --netD n_layers")
-    add(g, "--ndf", 64, "width of the discriminators")
-    add(g, "--norm", "instance", "normalisation", choices=["instance", "batch", "none"])
-    add(g, "--init_type", "normal", "distribution of the first weights", choices=inits)
-    add(g, "--init_gain", 0.02, "their scale")
-
-    g = utils.add_device_options(parser)
-    add(g, "--compile", False, "torch.compile the networks: minutes once, then faster on a GPU")
-    return parser
+def load_data(args) -> datasets.UnpairedImages:
+    """The training set, in memory if it fits."""
+    domains, skip_log = [], args.workdir / "logs" / "skipped.txt"
+    channels, folders = (args.input_nc, args.output_nc), args.direction.split("to")
+    for name, n_channels, folder in zip("AB", channels, folders, strict=True):
+        excluded, limits = validation.held_out(args.dataroot, name, vars(args)), f"range_{name}"
+        domain = datasets.Domain(
+            args.dataroot,
+            f"train{folder}",
+            n_channels,
+            args,
+            skip_log,
+            vars(args)[limits],
+            excluded,
+        )
+        # by which test.py returns to units
+        args.options[limits] = vars(args)[limits] = domain.limits and list(domain.limits)
+        domains.append(domain)
+    share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fits = sum(domain.cache_bytes() for domain in domains) < share
+    if args.cache == "on" or (args.cache == "auto" and fits):
+        for domain in domains:
+            domain.cache()
+    return datasets.UnpairedImages(*domains, args.size, not args.no_flip, args.seed)
 
 
-def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
-    """The options typed; for others what --classic, the `saved` run or --demo say, or defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    preset = dict(KEEP_SOURCE) if args.keep_source else {}
-    preset |= QUICK if args.quick else {}
-    preset |= {"dataroot": args.workdir / "dataset" / "demo", **DEMO} if args.demo else {}
-    parser.set_defaults(**{**preset, **(saved or {}), **(CLASSIC if args.classic else {})})
-    args = parser.parse_args(argv)
-    here = ("workdir", "resume", "restart")  # not of the run, but of this call
-    options = {name: value for name, value in vars(args).items() if name not in here}
-    args.options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    args.argv = argv
-    args.lambda_A = args.lambda_cyc if args.lambda_A is None else args.lambda_A
-    args.lambda_B = args.lambda_cyc if args.lambda_B is None else args.lambda_B
-    return args
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse options out of range or that contradict each other, before anything is done.
-
-    Raises:
-        UserError: says which, and what would do.
-    """
-    for names, (low, high) in RANGES.items():
-        for name in names.split():
-            value = vars(args)[name]
-            if value is not None and not low <= value < high:
-                below = "" if high == math.inf else f" and below {high}"
-                raise UserError(f"--{name} is {value}, but must be at least {low}{below}")
-    whole = args.preprocess in ("none", "scale_width")
-    multiple = {"unet_256": 256, "unet_128": 128}.get(args.netG, 4)
-    least = {"basic": 24, "pixel": 16, "strided": 32}  # so that the last normed map is not 1x1
-    least = least.get(args.netD, max(16, 3 * 2**args.n_layers_D))
-    checks = (
-        (
-            args.lr_policy != "linear" or args.decay_epoch < args.n_epochs,
-            f"--decay_epoch {args.decay_epoch} is not before the end: choose one from 0 to "
-            f"{args.n_epochs - 1} (--n_epochs is {args.n_epochs})",
-        ),
-        *(
-            (limits is None or limits[0] < limits[1], f"--{name} {limits}: LO must be below HI")
-            for name, limits in (("range_A", args.range_A), ("range_B", args.range_B))
-        ),
-        (
-            not args.preprocess.endswith("_and_crop") or args.size <= args.load_size,
-            f"--size {args.size} cannot be cropped from pictures of --load_size {args.load_size}: "
-            "make --load_size at least as large",
-        ),
-        (
-            args.size % multiple == 0 and args.size >= least,
-            f"--size is {args.size}, but --netG {args.netG} needs a multiple of {multiple} and "
-            f"--netD {args.netD} at least {least}",
-        ),
-        (
-            args.batch_size == 1 or not whole,
-            f"--preprocess {args.preprocess} keeps pictures of different sizes, which do not go "
-            "into one batch: use --batch_size 1 (and --accumulate)",
-        ),
-        (
-            multiple == 4 or not whole,
-            f"--preprocess {args.preprocess} leaves sizes that --netG {args.netG} cannot halve: "
-            f"use --preprocess crop or scale_width_and_crop with --size {multiple}",
-        ),
-        (
-            not args.keep_source or (multiple == 4 and args.input_nc == args.output_nc),
-            "--keep_source needs a ResNet generator and equal --input_nc and --output_nc: leave it "
-            "out, or choose others",
-        ),
-        (
-            args.input_nc == args.output_nc or args.lambda_id == 0,
-            f"the identity loss needs equal channels, but --input_nc is {args.input_nc} and "
-            f"--output_nc {args.output_nc}: add --lambda_id 0",
-        ),
-    )
-    for holds, sentence in checks:
-        if not holds:
-            raise UserError(sentence)
-
-
-def check_saved(args: argparse.Namespace, saved: dict) -> None:
-    """Print which options differ from the saved run's; UserError where its weights forbid it."""
-    for name, old in saved.items():
-        new = args.options.get(name)
-        if new != old and name in FIXED:
-            raise UserError(
-                f"--{name} is {old} in the run in {args.workdir} and cannot become {new}: its "
-                "weights would not fit; start another run in another --workdir"
-            )
-        if new != old:
-            print(f"--{name} is now {new} (the run had {old})")
+def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> float:
+    """Measure on unseen pictures, keep the best generators in models/best/; the best score yet."""
+    args, nets, options = model.args, model.best_generators(), vars(model.args)
+    pairs = validation.find_pictures(args.dataroot, options)
+    metrics, score = validation.measure(nets, pairs, options, model.device, model.dtype)
+    log.log("metrics", {"epoch": epoch, "iteration": model.iteration, **metrics})
+    if best is not None and score >= best:
+        return best
+    if model.rank == 0:
+        folder = utils.make_folder(args.workdir / "models" / "best")
+        checkpoint.export(folder, {k: net.state_dict() for k, net in nets.items()}, args.options)
+    return score
 
 
 def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
@@ -608,7 +387,7 @@ def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
     if args.demo and not args.dataroot.exists():
         draw_demo(args.dataroot)
     if args.quick and args.n_epochs == 0:
-        folders = [datasets.find_split(args.dataroot, f"train{letter}") for letter in "AB"]
+        folders = [datasets.find_split(args.dataroot, split) for split in ("trainA", "trainB")]
         n = max(len(datasets.list_images(folder)) for folder in folders)
         args.n_epochs = max(1, round(QUICK_ITERATIONS * args.batch_size / n))
         args.options["n_epochs"] = args.n_epochs

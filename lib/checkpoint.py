@@ -88,6 +88,13 @@ def copy_to_host(x):
     return [copy_to_host(value) for value in x] if isinstance(x, list) else x
 
 
+def export(folder: Path, weights: dict[str, dict], options: dict) -> None:
+    """Write state_dicts to `<name>.pth` each, and the run's options to options.json."""
+    for name, state in weights.items():
+        utils.save_tensors(folder / f"{name}.pth", state)
+    utils.save_json(folder / "options.json", options)
+
+
 def write_state(workdir: Path, state: dict) -> None:
     """Write `models/train_state.pth`, keeping the one before, and export the networks.
 
@@ -98,11 +105,9 @@ def write_state(workdir: Path, state: dict) -> None:
     newest, fresh = folder / "train_state.pth", folder / "train_state.new.pth"
     utils.save_tensors(fresh, state)
     for name in NETWORKS:
-        if name in state:
-            utils.save_tensors(folder / f"{name}.pth", state[name])
-        else:  # an average that was here would be older than the weights, yet preferred
+        if name not in state:  # an average of old, which would be preferred to the weights
             (folder / f"{name}.pth").unlink(missing_ok=True)
-    utils.save_json(folder / "options.json", state["args"])
+    export(folder, {name: state[name] for name in NETWORKS if name in state}, state["args"])
     if newest.exists():
         os.replace(newest, folder / "train_state.prev.pth")
     os.replace(fresh, newest)  # last: a state that has this name is exported

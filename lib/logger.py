@@ -147,7 +147,7 @@ class Logger:
         self.args, self.is_main, self.board = args, rank == 0, None
         self.logs, self.thread = args.workdir / "logs", WriterThread()
         self.last_change = iteration  # the last one known to change its pictures
-        self.began, self.waited = time.time(), 0.0  # seconds of this epoch spent waiting for data
+        self.start_epoch(iteration)
         if self.is_main:
             first, second = args.direction.split("to")
             self.real_A = load_samples(args, first, args.input_nc, args.range_A)
@@ -198,21 +198,26 @@ class Logger:
             )
             self.last_change = iteration
 
-    def log_epoch(self, epoch: int, n_steps: int, samples: int, losses: dict, lr: float) -> None:
+    def start_epoch(self, iteration: int) -> None:
+        self.began, self.first = time.time(), iteration
+        self.waited = 0.0  # seconds spent waiting for data
+
+    def log_epoch(self, epoch: int, n_steps: int, per_step: int, losses: dict, lr: float) -> None:
         """Print the losses, the time that is left, and what the epoch's time went to."""
         if not self.is_main:
             return
         seconds = time.time() - self.began
+        speed = (self.bar.n - self.first) * per_step / seconds
         rate = (self.bar.n - self.bar.initial) / max(self.bar.format_dict["elapsed"], 1e-9)
         eta = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / max(rate, 1e-9)))
         self.print(
             f"[Epoch {epoch}/{self.args.n_epochs}] [Batch {n_steps}/{n_steps}] "
             f"[D loss: {losses['D']:.6f}] [G loss: {losses['G']:.6f}, adv: {losses['adv']:.6f}, "
             f"cycle: {losses['cycle']:.6f}, identity: {losses['identity']:.6f}] "
-            f"[lr: {lr:.6f}] ETA: {eta}\n  {seconds:.1f} s, {samples / seconds:.2f} pictures of "
+            f"[lr: {lr:.6f}] ETA: {eta}\n  {seconds:.1f} s, {speed:.2f} pictures of "
             f"each domain a second, {100 * self.waited / seconds:.1f}% of the time waiting for data"
         )
-        self.began, self.waited = time.time(), 0.0
+        self.start_epoch(self.bar.n)
 
     def log_samples(self, model, *names: str) -> None:
         """Write a sample grid to images/<name>.png."""

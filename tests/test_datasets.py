@@ -403,7 +403,7 @@ def numbered(tmp_path):
         for i in range(n):
             pixels = np.dstack([np.full_like(x, i), y, x]).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / f"{i}.png")
-    options = argparse.Namespace(preprocess="crop", size=SIZE, load_size=SIZE)
+    options = argparse.Namespace(preprocess="crop", size=SIZE, load_size=SIZE, axis=-1)
 
     def make(A: str = "trainA", B: str = "trainB", **more) -> datasets.UnpairedImages:
         load = lambda split: datasets.Domain(tmp_path, split, 3, options, tmp_path / "skipped.txt")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
+from lib import options
 from tools.demo import draw_demo
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +102,7 @@ def options_in_docs() -> dict[str, str]:
 
 def test_every_option_is_documented_with_its_default():
     documented, known = options_in_docs(), {}
-    for action in train.make_parser()._actions:
+    for action in options.make_parser()._actions:
         known |= dict.fromkeys(action.option_strings, action.default)
     del known["-h"], known["--help"]
     assert list(documented) == [name for name in documented if name in known]
@@ -122,7 +123,7 @@ def test_every_option_is_documented_with_its_default():
 
 def test_presets_are_documented():
     for name in ("demo", "quick", "classic"):
-        preset = vars(train)[name.upper()]
+        preset = vars(options)[name.upper()]
         # a flag that is off cannot be typed, nor can epochs that follow from the data
         preset = {k: v for k, v in preset.items() if v is not False and (k, v) != ("n_epochs", 0)}
         row = re.search(rf"^\| `--{name}` .*$", read("docs/options.md"), re.MULTILINE)[0]

@@ -15,6 +15,7 @@ from PIL import Image
 import test
 import train
 from lib import translation, validation
+from lib.options import make_parser
 from models import load_generator
 from tools.demo import draw_demo
 from utils import UserError
@@ -146,8 +147,8 @@ def train_args(*words):
     ("words", "message"),
     [
         (("--dataroot", "nowhere/apple2orange"), "python -m tools.download apple2orange"),
-        (("--size", "48", "--load_size", "40"), "--load_size at least as large"),
-        (("--n_epochs", "4", "--decay_epoch", "9"), "--decay_epoch 9 is not before the end"),
+        (("--size", "48", "--load_size", "40"), "at most --load_size, which is 40"),
+        (("--n_epochs", "4", "--decay_epoch", "9"), "--decay_epoch 9 must be below --n_epochs 4"),
         (("--size", "30", "--load_size", "40"), "multiple of 4"),
         (("--batch_size", "0"), "--batch_size is 0"),
         (("--preprocess", "none", "--batch_size", "2"), "--batch_size 1"),
@@ -207,7 +208,7 @@ def test_mistakes_are_one_line_and_code_2(tmp_path):
 
 def test_help_fits_two_screens():
     """Grouped, and two screens of 48 lines."""
-    text = train.make_parser().format_help()
+    text = make_parser().format_help()
     assert len(text.splitlines()) <= 96
     for group in ("run", "schedule", "objective", "pictures", "networks", "device"):
         assert f"\n{group}:\n" in text

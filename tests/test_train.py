@@ -10,7 +10,7 @@ import torch
 
 import datasets
 import train
-from lib import translation, validation
+from lib import options, translation, validation
 from lib.logger import Logger, read_csv
 from tools.bench import Plain
 from train import CycleGAN, gan_loss
@@ -306,12 +306,12 @@ def test_classic_is_short_for_its_options():
     """`--classic` is as if its options were typed; explicit options override it."""
     classic = train.parse_args(["--demo", "--classic", "--lr", "0.001"])
     assert (classic.batch_size, classic.id_every, classic.ema, classic.lr) == (1, 1, 0, 0.001)
-    assert classic.n_epochs == train.DEMO["n_epochs"]  # the networks and the time of the demo
+    assert classic.n_epochs == options.DEMO["n_epochs"]  # the networks and the time of the demo
 
     saved = train.parse_args(["--demo"]).options
     resumed = train.parse_args(["--resume", "--classic"], saved)
     assert (resumed.batch_size, resumed.id_every, resumed.ema, resumed.lr) == (1, 1, 0, 2e-4)
-    assert resumed.ngf == train.DEMO["ngf"]
+    assert resumed.ngf == options.DEMO["ngf"]
 
 
 def test_presets_give_way_to_what_is_typed():
@@ -358,7 +358,7 @@ def test_a_run_is_the_plain_loop(dataroot, tmp_path):
                 j = int(rng.integers(4))
                 pairs.append((load("A", order[index % 5], rng), load("B", j, rng)))
             for optimizer in (plain.optimizer_G, plain.optimizer_D_A, plain.optimizer_D_B):
-                optimizer.param_groups[0]["lr"] = 2e-4 * (1 if epoch == 0 else 1 - step / 3)
+                optimizer.param_groups[0]["lr"] = 2e-4 * (1 if epoch == 0 else 1 - 2 * step / 5)
             decay = min(0.9, (1 + len(steps)) / (10 + len(steps)))
             steps.append(plain.step(*map(torch.stack, zip(*pairs, strict=True))))
             with torch.no_grad():
