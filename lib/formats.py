@@ -143,7 +143,7 @@ def from_unit(values: np.ndarray, limits: tuple[float, float], source: np.ndarra
 def ask_for_range(path: Path) -> UserError:
     """The error for floats of unknown range: what values the files beside `path` hold.
 
-    It is from 64 of their pictures.
+    It is from 4 pictures of 16 files at most.
     """
     paths = [p for p in sorted(path.parent.iterdir()) if suffix_of(p) == suffix_of(path)]
     values = []
@@ -151,17 +151,14 @@ def ask_for_range(path: Path) -> UserError:
         with contextlib.suppress(UnreadableImage):
             source = read(sample)
             for i in range(0, len(source), -(-len(source) // 4)):
-                picture = source[i].ravel()
-                picture = picture[np.isfinite(picture)]
+                picture = source[i][np.isfinite(source[i])]
                 if picture.size:
-                    ends = [picture.min(), picture.max()]
-                    values.append(np.concatenate([ends, picture[:: -(-picture.size // 10_000)]]))
-    values = np.concatenate(values or [np.zeros(1)])
-    low, high = np.percentile(values, (0.5, 99.5))
+                    values.append(np.quantile(picture, np.linspace(0, 1, 2001)))
+    low, *percentiles, high = np.percentile(values or [0], (0, 0.5, 99.5, 100))
     return UserError(
         f"{path} holds floats: say with --range_A LO HI, or --range_B for domain B, which of them "
-        f"become black and white (in {path.parent}: minimum {values.min():.4g}, maximum "
-        f"{values.max():.4g}, percentiles 0.5 and 99.5: {low:.4g} and {high:.4g})"
+        f"become black and white (in {path.parent}: minimum {low:.4g}, maximum {high:.4g}, "
+        "percentiles 0.5 and 99.5: {:.4g} and {:.4g})".format(*percentiles)
     )
 
 
@@ -414,19 +411,18 @@ def read_dicom(paths: list[Path], channels: int, axis: int) -> Pictures:
         frames += [(k, i) for i in range(count)]
         if "Rows" not in header or "Columns" not in header:
             raise UnreadableImage("it has no pixels")
-        if "PerFrameFunctionalGroupsSequence" in header or "ModalityLUTSequence" in header:
-            raise UnreadableImage("enhanced multi-frame files and modality tables are not read")
+        if "PerFrameFunctionalGroupsSequence" in header:
+            raise UnreadableImage("it is an enhanced multi-frame file: convert it to single frames")
         if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-            raise UnreadableImage("its colours are a palette, which is not read")
+            raise UnreadableImage("its colors are a palette, which is not read")
         check_size(header.Rows, header.Columns, header.get("SamplesPerPixel", 1), channels)
 
     def get(i: int) -> np.ndarray:
         k, frame = frames[i]
         return decode_dicom(paths[k], headers[k], frame)
 
-    dtype, low, high = stored_type(headers[0])
-    slope, intercept = rescale(headers[0])
-    limits = min(low * slope, high * slope) + intercept, max(low * slope, high * slope) + intercept
+    dtype, _, _ = stored_type(headers[0])
+    slope, intercept, limits = read_scale(headers[0])
     return Pictures(paths, len(frames), dtype, get, limits, slope, intercept, {"headers": headers})
 
 
@@ -440,26 +436,31 @@ def stored_type(header) -> tuple[np.dtype, int, int]:
     return np.dtype(f"{'i' if signed else 'u'}{header.BitsAllocated // 8}"), low, low + 2**bits - 1
 
 
-def rescale(header) -> tuple[float, float]:
-    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
-    return float(1 if slope is None else slope) or 1.0, float(intercept or 0)
+def read_scale(header) -> tuple[float, float, tuple[float, float]]:
+    """Slope and intercept of a DICOM file's units, and the smallest and largest value in units."""
+    if header.get("ModalityLUTSequence"):
+        return 1.0, 0.0, (0.0, 2.0 ** int(header.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
+    slope = float(header.get("RescaleSlope") or 1)
+    intercept = float(header.get("RescaleIntercept") or 0)
+    ends = [v * slope + intercept for v in stored_type(header)[1:]]
+    return slope, intercept, (min(ends), max(ends))
 
 
 def decode_dicom(path: Path, header, frame: int) -> np.ndarray:
     """(H, W, C) in units; padding is NaN, MONOCHROME1 (low is white) inverted."""
-    pixels = need("pydicom.pixels", "DICOM").pixel_array(path, index=frame)
-    pixels = pixels.reshape(header.Rows, header.Columns, -1)
+    pydicom = need("pydicom.pixels", "DICOM")
+    pixels = pydicom.pixel_array(path, index=frame).reshape(header.Rows, header.Columns, -1)
     if pixels.shape[2] > 1:
         return pixels  # RGB
-    _, low, high = stored_type(header)
-    slope, intercept = rescale(header)
-    padding = header.get("PixelPaddingValue")
-    missing = pixels == padding if padding is not None else np.zeros(1, bool)
-    if header.PhotometricInterpretation == "MONOCHROME1":
-        pixels = (low + high) - pixels.astype(np.int32)
-    if slope == 1 and intercept == 0 and pixels.dtype.itemsize < 4 and not missing.any():
+    slope, intercept, limits = read_scale(header)
+    missing = pixels == header.get("PixelPaddingValue")  # False if there is none
+    if header.get("ModalityLUTSequence"):
+        pixels = pydicom.apply_modality_lut(pixels, header)
+    inverted = header.PhotometricInterpretation == "MONOCHROME1"
+    if (slope, intercept, inverted) == (1, 0, False) and not np.any(missing):
         return pixels
-    return np.where(missing, np.nan, pixels.astype(np.float32) * slope + intercept)
+    values = pixels.astype(np.float32) * slope + intercept
+    return np.where(missing, np.nan, sum(limits) - values if inverted else values)
 
 
 def write_dicom(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
@@ -480,33 +481,10 @@ def derive(origin: Path, frames: np.ndarray, limits, note: str):
     """The dataset of a DICOM file with `frames` (N, H, W, C) for its pixels."""
     pydicom = need("pydicom", "DICOM")
     dataset = read_header(origin)
-    dtype, low, high = stored_type(dataset)
-    slope, intercept = rescale(dataset)
-    ends = low * slope + intercept, high * slope + intercept
-    wanted = limits or (min(ends), max(ends))
-    grey, bits = frames.shape[3] == 1, int(dataset.BitsStored)
-    padding = dataset.get("PixelPaddingValue")
-    fits = min(ends) <= wanted[0] and wanted[1] <= max(ends)
-    if grey and not (fits and (wanted[1] - wanted[0]) / abs(slope) >= 255):
-        slope, intercept = (wanted[1] - wanted[0]) / (high - low), 0.0
-        slope = float(f"{slope:.10g}")  # what a decimal string of 16 letters holds
-        intercept = float(f"{wanted[0] - low * slope:.10g}")
-        dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
-        dataset.RescaleType = "US"  # unspecified
-        dataset.WindowCenter, dataset.WindowWidth = sum(wanted) / 2, wanted[1] - wanted[0]
-    if not grey:
-        slope, intercept, padding, bits, dtype = 1.0, 0.0, None, 8, np.dtype(np.uint8)
-        low, high = 0, 255
-    stored = to_stored(frames, np.dtype(np.int32), slope, intercept, None)
-    stored = np.clip(stored, low, high)
-    photometric = dataset.PhotometricInterpretation if grey else "RGB"
-    if photometric == "MONOCHROME1":
-        stored = (low + high) - stored
-    if padding is not None:
-        stored[stored == padding] += 1 if padding < high else -1
-        stored[np.isnan(frames)] = padding
-    stored = stored.astype(dtype)
-    stored = stored[..., 0] if grey else stored  # (N, H, W) or (N, H, W, 3)
+    if frames.shape[3] == 1:
+        stored, photometric, bits = store_grey(dataset, frames[..., 0], limits)
+    else:
+        stored, photometric, bits = to_stored(frames, np.dtype(np.uint8), 1, 0, None), "RGB", 8
     old_series, old_instance = dataset.get("SeriesInstanceUID", ""), dataset.get("SOPInstanceUID")
     dataset.set_pixel_data(
         stored if len(stored) > 1 else stored[0], photometric, bits, generate_instance_uid=False
@@ -524,10 +502,36 @@ def derive(origin: Path, frames: np.ndarray, limits, note: str):
     reference.ReferencedSOPClassUID = dataset.get("SOPClassUID", "")
     reference.ReferencedSOPInstanceUID = old_instance or ""
     dataset.SourceImageSequence = [reference]
-    for name in ("SmallestImagePixelValue", "LargestImagePixelValue"):
+    for name in ("SmallestImagePixelValue", "LargestImagePixelValue", "ModalityLUTSequence"):
         if name in dataset:
             delattr(dataset, name)
     return dataset
+
+
+def store_grey(dataset, values: np.ndarray, limits) -> tuple[np.ndarray, str, int]:
+    """Values (N, H, W) in units as stored numbers, photometric interpretation and BitsStored.
+
+    The dataset's slope and intercept stay where they hold the range `limits`; else they are set.
+    """
+    dtype, low, high = stored_type(dataset)
+    slope, intercept, wanted = read_scale(dataset)
+    wanted = limits or wanted
+    ends = sorted(v * slope + intercept for v in (low, high))
+    fits = ends[0] <= wanted[0] and wanted[1] <= ends[1]
+    if not fits or (wanted[1] - wanted[0]) / abs(slope) < 255:
+        slope = float(f"{(wanted[1] - wanted[0]) / (high - low):.10g}")  # 16 letters at most
+        intercept = float(f"{wanted[0] - low * slope:.10g}")
+        dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
+        dataset.RescaleType = "US"  # unspecified
+        dataset.WindowCenter, dataset.WindowWidth = sum(wanted) / 2, wanted[1] - wanted[0]
+    stored = to_stored(values, np.dtype(np.int32), slope, intercept, None).clip(low, high)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        stored = (low + high) - stored
+    padding = dataset.get("PixelPaddingValue")
+    if padding is not None:
+        stored[stored == padding] += 1 if padding < high else -1
+        stored[np.isnan(values)] = padding
+    return stored.astype(dtype), dataset.PhotometricInterpretation, int(dataset.BitsStored)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -553,8 +557,7 @@ def read_tiff(paths: list[Path], channels: int, axis: int) -> Pictures:
     (path,) = paths
     if not is_raster(path):
         return read_picture(paths, channels, axis)
-    rasterio = need("rasterio", "GeoTIFF")
-    with open_raster(rasterio, path) as raster:
+    with open_raster(path) as raster:
         dtype = np.dtype(raster.dtypes[0])
         if len(set(raster.dtypes)) > 1 or dtype.kind not in "iuf":
             raise UnreadableImage(f"its bands hold {', '.join(sorted(set(raster.dtypes)))}")
@@ -563,16 +566,12 @@ def read_tiff(paths: list[Path], channels: int, axis: int) -> Pictures:
         if rows * columns > Image.MAX_IMAGE_PIXELS:
             raise UnreadableImage(f"it is stored in strips of {columns}x{rows} pixels: too large")
         nodata = raster.nodatavals
-        geometry = {"crs": raster.crs, "transform": raster.transform, "nodata": raster.nodata}
-        geometry |= {"gcps": raster.gcps, "tags": raster.tags(), "names": raster.descriptions}
-        geometry |= {"colours": raster.colorinterp}
-        geometry["band_tags"] = [raster.tags(i + 1) for i in range(raster.count)]
-        geometry["shape"] = raster.height, raster.width, raster.count
+        geometry = {"raster": (raster.height, raster.width)}
 
     def get(i: int, window: tuple[slice, slice] | None = None) -> np.ndarray:
-        with open_raster(rasterio, path) as raster:
-            window = window and rasterio.windows.Window.from_slices(*window)
-            picture = np.moveaxis(raster.read(window=window), 0, 2)  # (H, W, C)
+        with open_raster(path) as raster:
+            part = window and tuple((side.start, side.stop) for side in window)
+            picture = np.moveaxis(raster.read(window=part), 0, 2)  # (H, W, C)
         if all(value is None for value in nodata):
             return picture
         missing = picture == np.array([np.nan if v is None else v for v in nodata])
@@ -583,7 +582,8 @@ def read_tiff(paths: list[Path], channels: int, axis: int) -> Pictures:
 
 
 @contextlib.contextmanager
-def open_raster(rasterio, path: Path) -> Iterator:
+def open_raster(path: Path) -> Iterator:
+    rasterio = need("rasterio", "GeoTIFF")
     with rasterio.Env(**GDAL), rasterio.open(path.absolute(), driver="GTiff") as raster:
         yield raster
 
@@ -602,28 +602,24 @@ def create_raster(
     """Yield a TIFF of `shape` (H, W, C), and what turns a picture into its bands (C, H, W)."""
     rasterio = need("rasterio", "GeoTIFF")
     dtype, _, _ = pick_type(source, limits)
-    (height, width, channels), geometry = shape, source.geometry
-    nodata, (gcps, gcps_crs) = geometry["nodata"], geometry["gcps"]
-    if nodata is not None and dtype.kind in "iu":
-        info = np.iinfo(dtype)
-        nodata = nodata if info.min <= nodata <= info.max else float(info.min)
-    profile = {"driver": "GTiff", "height": height, "width": width, "count": channels}
-    profile |= {"dtype": dtype.name, "nodata": nodata, "tiled": height >= 512}
-    profile |= {"compress": compress, "bigtiff": "if_safer"}
-    profile |= {"crs": geometry["crs"], "transform": geometry["transform"]}
-    with (
-        atomic_write(path) as file,
-        rasterio.Env(**GDAL),
-        rasterio.open(file.name, "w", **profile) as raster,
-    ):
-        yield raster, lambda x: np.moveaxis(to_stored(x, dtype, 1.0, 0.0, nodata), 2, 0)
-        raster.update_tags(**geometry["tags"] | {"TIFFTAG_SOFTWARE": note})
-        if gcps:
-            raster.gcps = gcps, gcps_crs
-        if channels == len(geometry["band_tags"]):
-            raster.descriptions, raster.colorinterp = geometry["names"], geometry["colours"]
-            for i, band in enumerate(geometry["band_tags"]):
-                raster.update_tags(i + 1, **band)
+    height, width, channels = shape
+    with open_raster(source.paths[0]) as old, atomic_write(path) as file:
+        nodata = old.nodata
+        if nodata is not None and dtype.kind in "iu":
+            info = np.iinfo(dtype)
+            nodata = nodata if info.min <= nodata <= info.max else float(info.min)
+        profile = {"driver": "GTiff", "height": height, "width": width, "count": channels}
+        profile |= {"dtype": dtype.name, "nodata": nodata, "tiled": height >= 512}
+        profile |= {"crs": old.crs, "transform": old.transform, "compress": compress}
+        with rasterio.open(file.name, "w", bigtiff="if_safer", **profile) as raster:
+            yield raster, lambda x: np.moveaxis(to_stored(x, dtype, 1.0, 0.0, nodata), 2, 0)
+            raster.update_tags(**old.tags() | {"TIFFTAG_SOFTWARE": note})
+            if old.gcps[0]:
+                raster.gcps = old.gcps
+            if channels == old.count:
+                raster.descriptions, raster.colorinterp = old.descriptions, old.colorinterp
+                for i in old.indexes:
+                    raster.update_tags(i, **old.tags(i))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Windows:
 
     def __init__(self, source: Pictures, limits: tuple, channels: int, target: tuple | None = None):
         self.source, self.limits, self.target, self.lock = source, limits, target, threading.Lock()
-        self.shape = (*source.geometry["shape"][:2], channels)
+        self.shape = (*source.geometry["raster"], channels)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         with formats.decoding(self.source.paths[0]):
@@ -158,7 +158,7 @@ def translate_stack(
         if tile:
             raise UserError("--smooth takes whole frames through the network: leave out --tile")
         net, batch_size, tile = tr.share_norm(net, args.smooth), 1, 0
-    elif "transform" in source.geometry and size == 0:
+    elif "raster" in source.geometry and size == 0:
         tile = tiling.pick_tile(net, [Windows(source, limits[0], net.input_nc)], dtype, tile)
         if tile:
             how = {"note": note, "tile": tile, "dtype": dtype, **where}
