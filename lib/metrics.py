@@ -64,11 +64,21 @@ def similarity(picture: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {"psnr": 100.0 if same else peak_signal_noise_ratio(truth, picture), "ssim": float(ssim)}
 
 
+def change(fake: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Return where a translation differs from its source, (H, W, C) both, as sample grids show it.
+
+    (H, W, 1) uint8: the mean over channels of the absolute difference, black where there is none,
+    white from half of the range on.
+    """
+    difference = (datasets.to_tensor(fake) - datasets.to_tensor(source)).abs()  # (C, H, W)
+    return datasets.to_array(difference.mean(0, keepdim=True) * 2 - 1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Sets of pictures, each a sequence of uint8 tensors (3, H, W) of one size
 
 
-def flat_colour(pictures: Sequence[torch.Tensor]) -> np.ndarray:
+def flat_color(pictures: Sequence[torch.Tensor]) -> np.ndarray:
     """Return the median of each channel over all pixels of a set, (3,) uint8."""
     counts = sum(torch.stack([c.flatten().bincount(minlength=256) for c in p]) for p in pictures)
     below = counts.cumsum(1)  # (3, 256)
@@ -111,8 +121,8 @@ def sliced_wasserstein(patches: list, real: list, n_directions: int = 256) -> fl
     """Return the sliced Wasserstein distance of two results of `sample_patches`, times 1000.
 
     Karras et al. 2018, section 5: the mean over random directions in the space of patches, and
-    over levels. But for one thing: colours are normalised by the mean and the deviation of `real`
-    for both sets, not of each by its own, so that a wrong colour or contrast counts.
+    over levels. Except for one thing: colors are normalized by the mean and the deviation of `real`
+    for both sets, not of each by its own, so that a wrong color or contrast counts.
     """
     generator, distances = torch.Generator().manual_seed(0), []
     for one, other in zip(patches, real, strict=True):

@@ -54,10 +54,10 @@ def test_a_picture_counts_as_changed_only_beyond_12():
     assert metrics.masked_errors(np.zeros((2, 2))) == {}
 
 
-def test_flat_colour_is_the_median_over_all_pixels():
+def test_flat_color_is_the_median_over_all_pixels():
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (7, 3, 5, 6), np.uint8)
-    flat = metrics.flat_colour([torch.from_numpy(picture) for picture in pictures])
+    flat = metrics.flat_color([torch.from_numpy(picture) for picture in pictures])
     values = np.sort(pictures.transpose(1, 0, 2, 3).reshape(3, -1), axis=1)
     assert (flat == values[:, (values.shape[1] - 1) // 2]).all() and flat.dtype == np.uint8
 
@@ -74,7 +74,7 @@ def noise_pictures(n: int, seed: int, size: int = 40) -> list[torch.Tensor]:
     return pictures
 
 
-def test_swd_tells_colour_contrast_blur_and_real_apart():
+def test_swd_tells_color_contrast_blur_and_real_apart():
     one, other = noise_pictures(12, 1), noise_pictures(12, 2)
     real = metrics.sample_patches(one, 1000)
     assert [tuple(level.shape) for level in real] == [(1000, 3, 49)] * 2  # 40 and 20 pixels

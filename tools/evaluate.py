@@ -3,7 +3,7 @@
 python -m tools.evaluate                                      the run in --workdir
 python -m tools.evaluate --inception weights-inception.pth    where the weights cannot be fetched
 
-Two baselines stand beside them: identity, the source as it is, and one flat colour, the median of
+Two baselines stand beside them: identity, the source as it is, and one flat color, the median of
 the target's training pixels.
 """
 
@@ -65,8 +65,8 @@ def measure_pairs(rows: list, channels: tuple[int, int], flat: np.ndarray | None
 
     Source and truth are resized to the translation. `whole` is mae over that of identity.
     """
-    rows, sums, tables = [row for row in rows if row.truth], {}, {}
-    for row in tqdm(rows, "pairs", leave=False):
+    sums, tables = {}, {}
+    for row in tqdm([row for row in rows if row.truth], "pairs", leave=False):
         try:
             fake = load_rgb(row.output, channels[1], None)
             source = load_rgb(row.source, channels[0], fake.shape[1::-1])
@@ -74,22 +74,20 @@ def measure_pairs(rows: list, channels: tuple[int, int], flat: np.ndarray | None
         except datasets.UnreadableImage:
             continue  # test.py has reported it
         pictures = {"translation": fake, "identity": source}
-        if flat is not None:
-            pictures["flat"] = np.broadcast_to(flat, fake.shape)
+        pictures |= {} if flat is None else {"flat": np.broadcast_to(flat, fake.shape)}
         for kind, picture in pictures.items():
             errors = metrics.pixel_errors(picture, truth)
             with contextlib.suppress(ImportError):  # no scikit-image
                 errors |= metrics.similarity(picture, truth)
             tables.setdefault(kind, []).append(errors)
             sums[kind] = sums.get(kind, 0) + metrics.error_sums(picture, source, truth)
-    found = {}
+    found = {kind: metrics.masked_errors(sums[kind]) for kind in tables}
     for kind, table in tables.items():
-        found[kind] = {key: float(np.mean([errors[key] for errors in table])) for key in table[0]}
-        found[kind] |= metrics.masked_errors(sums[kind])
-    for errors in found.values():
+        found[kind] |= {key: float(np.mean([errors[key] for errors in table])) for key in table[0]}
         if found["identity"]["mae"]:
-            errors["whole"] = errors["mae"] / found["identity"]["mae"]
-    return found | ({"n_pairs": len(tables["identity"])} if tables else {})
+            found[kind]["whole"] = found[kind]["mae"] / found["identity"]["mae"]
+        found["translation"]["n_pairs"] = len(table)
+    return found
 
 
 def cycle_error(rows: list, back, device: torch.device, dtype) -> dict[str, float]:
@@ -141,7 +139,7 @@ def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> 
 def measure_swd(direction: str, sets: dict) -> dict[str, dict[str, float]]:
     """Return the sliced Wasserstein distance (lib/metrics.py) to the targets of the test split.
 
-    Of the translations, of identity, of one flat colour, and of the targets of the train split:
+    Of the translations, of identity, of one flat color, and of the targets of the train split:
     that one (real) is as near as two sets of real pictures are.
     """
     source, target = direction[0], direction[-1]
@@ -165,7 +163,6 @@ def measure_inception(directions: list, sets: dict, inception: Path | None, devi
     Raises:
         ImportError: torch-fidelity is not installed.
         OSError: Inception's weights cannot be fetched.
-        UserError: `inception` is given, but holds something else.
     """
     import torch_fidelity as fidelity
 
@@ -194,14 +191,7 @@ def measure_inception(directions: list, sets: dict, inception: Path | None, devi
         for direction in tqdm(directions, "KID and FID", leave=False):
             fake, real = f"fake_{direction[-1]}", f"real_{direction[-1]}"
             source = f"real_{direction[0]}"
-            try:
-                found = distance(fake, real) | distance(fake, source, "source_")
-            except RuntimeError as error:
-                if not inception or "loading state_dict" not in str(error):
-                    raise
-                raise UserError(
-                    f"--inception {inception} holds other weights than torch-fidelity's {INCEPTION}"
-                ) from error
+            found = distance(fake, real) | distance(fake, source, "source_")
             measures[direction] = {"translation": found, "identity": distance(source, real)}
     return measures
 
@@ -218,48 +208,50 @@ def measure(args: argparse.Namespace, index: dict, device: torch.device, dtype) 
     channels = {"A": options.get("input_nc", 3), "B": options.get("output_nc", 3)}
     sets, measures = find_sets(root, index, options, channels), {}
 
-    def add(direction: str, found: dict) -> None:
+    def add(direction: str, found: dict[str, dict]) -> None:
         for kind, figures in found.items():
-            if isinstance(figures, dict):
-                figures = measures[direction].get(kind, {}) | figures
-            measures[direction][kind] = figures
+            measures[direction].setdefault(kind, {}).update(figures)
 
     for direction, rows in index.items():
-        source, target = direction[0], direction[-1]
-        measures[direction], flat = {"n": len(rows), "translation": {}, "identity": {}}, None
+        (source, target), flat = direction.split("2"), None
+        measures[direction] = {"translation": {"n": len(rows)}, "identity": {}}
         if f"train_{target}" in sets:
-            flat = metrics.flat_colour(sets[f"train_{target}"])
+            flat = metrics.flat_color(sets[f"train_{target}"])
             picture = torch.from_numpy(flat)[:, None, None].expand_as(sets[f"train_{target}"][0])
             sets[f"flat_{target}"] = [picture]
         add(direction, measure_pairs(rows, (channels[source], channels[target]), flat))
-        if "n_pairs" in measures[direction] and "ssim" not in measures[direction]["translation"]:
-            print("SSIM and PSNR are left out: pip install scikit-image")
         weights = tr.find_weights(models, f"netG_{target}2{source}", args.last)
         if weights.exists():
             back = load_generator(weights, device)
             add(direction, {"translation": cycle_error(rows, back, device, dtype)})
         if f"real_{target}" in sets:
-            add(direction, {"n_real": len(sets[f"real_{target}"])} | measure_swd(direction, sets))
-    if not root or args.no_fid:
-        return measures
-    missing = "KID and FID are left out:"
-    needed = ["real_A", "real_B", *(f"fake_{direction[-1]}" for direction in index)]
-    if min(len(sets.get(name, [])) for name in needed) < 2:
-        print(f"{missing} they need at least two pictures of each kind")
-        return measures
-    try:
-        found = measure_inception(list(index), sets, args.inception, device)
-        for direction in found:
-            add(direction, found[direction])
-        print("FID comes out too high for so few pictures, and more so the fewer: compare KID")
-    except ImportError:
-        print(f"{missing} pip install torch-fidelity")
-    except OSError as error:
-        print(
-            f"{missing} Inception's weights could not be fetched ({error}); with torch-fidelity's "
-            f"{INCEPTION} at hand: --inception FILE"
-        )
+            add(direction, {"translation": {"n_real": len(sets[f"real_{target}"])}})
+            add(direction, measure_swd(direction, sets))
+        found = measures[direction]["translation"]
+        if "n_pairs" in found and "ssim" not in found:
+            print("SSIM and PSNR are left out: pip install scikit-image")
+    if root and not args.no_fid:
+        for direction, found in try_inception(args.inception, index, sets, device).items():
+            add(direction, found)
     return measures
+
+
+def try_inception(inception: Path | None, index: dict, sets: dict, device) -> dict:
+    """Return what `measure_inception` does, or print why there is nothing."""
+    reason = "they need at least two pictures of each kind"
+    needed = ["real_A", "real_B", *(f"fake_{direction[-1]}" for direction in index)]
+    if min(len(sets.get(name, [])) for name in needed) >= 2:
+        try:
+            found = measure_inception(list(index), sets, inception, device)
+            print("FID comes out too high for so few pictures, and more so the fewer: compare KID")
+            return found
+        except ImportError:
+            reason = "pip install torch-fidelity"
+        except OSError as error:
+            reason = f"Inception's weights could not be fetched ({error}); with torch-fidelity's "
+            reason += f"{INCEPTION} at hand: --inception FILE"
+    print(f"KID and FID are left out: {reason}")
+    return {}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -290,7 +282,9 @@ def main(args: argparse.Namespace) -> None:
     if args.inception:
         if not args.inception.is_file():
             raise UserError(f"there is no --inception {args.inception}: name the file {INCEPTION}")
-        utils.load_tensors(args.inception)  # refuses code, which torch-fidelity would run
+        weights = utils.load_tensors(args.inception)  # refuses code, which torch-fidelity would run
+        if np.shape(weights.get("fc.weight")) != (1008, 2048):  # torchvision's has 1000
+            raise UserError(f"--inception {args.inception} is not torch-fidelity's {INCEPTION}")
     with utils.explain_out_of_memory("end what else uses it, or give --device cpu"):
         measures = measure(args, index, device, dtype)
     path = utils.make_folder(args.workdir / "result") / "metrics.json"

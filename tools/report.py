@@ -3,23 +3,29 @@
 import base64
 import contextlib
 import csv
+import datetime
 import io
 import json
 import time
 from pathlib import Path
 
 import jinja2
+import numpy as np
 
 import datasets
 import utils
+from lib import metrics
 from lib import translation as tr
 
 PER_DIRECTION = 8  # translations shown
 WIDEST = 1200  # pixels; wider pictures are shrunk, so that the page stays a few MB
 
-KINDS = {"translation": "ours", "identity": "identity", "flat": "flat colour", "real": "real"}
+KINDS = {"translation": "ours", "identity": "identity", "flat": "flat color", "real": "real"}
 # what evaluate.py measures, in the order shown: key, name, format, which way is better
 MEASURES = (
+    ("n", "translations", "d", ""),
+    ("n_real", "real targets", "d", ""),
+    ("n_pairs", "pairs", "d", ""),
     ("whole", "error over identity's, whole picture", ".3f", "lower"),
     ("mae", "mean absolute error, of 255", ".2f", "lower"),
     ("changed", "where source and truth differ", ".2f", "lower"),
@@ -38,12 +44,6 @@ MEASURES = (
 )
 
 
-class Cell(str):
-    """A cell of a table, and whether it is better than both baselines: good, bad or ""."""
-
-    verdict = ""
-
-
 def write_report(workdir: Path) -> Path:
     """Write `<workdir>/result/report.html` from the files of a run; returns its path.
 
@@ -55,17 +55,14 @@ def write_report(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     options = read_json(workdir / "models" / "options.json")
-    losses = read_rows(workdir / "logs" / "losses.csv")
-    noted = read_rows(workdir / "logs" / "metrics.csv")
+    losses, noted = (read_rows(workdir / "logs" / f"{log}.csv") for log in ("losses", "metrics"))
     measures = format_measures(read_json(workdir / "result" / "metrics.json"))
-    name = Path(str(options.get("dataroot", ""))).name
-    names = tr.domain_names(options)
+    name, names = Path(str(options.get("dataroot", ""))).name, tr.domain_names(options)
     headings = {way: f"{names[way[0]]} → {names[way[-1]]}" for way in ("A2B", "B2A")}
-    shown = {headings[way]: find_strips(workdir, way) for way in headings}
     parts = {
         "title": f"CycleGAN: {name}" if name else "CycleGAN",
         "facts": find_facts(options, losses),
-        "translations": {heading: strips for heading, strips in shown.items() if strips},
+        "translations": {headings[way]: find_strips(workdir, way, options) for way in headings},
         "measures": {headings[way]: table for way, table in measures.items()},
         "noted": [noted[0], *noted[1:][-10:]] if len(noted) > 1 else [],
         "progress": find_progress(workdir / "images"),
@@ -87,8 +84,8 @@ def write_report(workdir: Path) -> Path:
 # The parts of the page
 
 
-def find_facts(options: dict, losses: list[list[str]]) -> dict[str, str]:
-    """Return what one wants to know first: how long was trained on what."""
+def find_facts(options: dict, losses: list[list[str]]) -> list[list[str]]:
+    """Return a table of what one wants to know first: how long was trained on what."""
     facts = {}
     if options:
         size = options.get("size")
@@ -98,31 +95,29 @@ def find_facts(options: dict, losses: list[list[str]]) -> dict[str, str]:
         of = f" of {options['n_epochs']}" if "n_epochs" in options else ""
         facts["epochs"] = last.get("epoch", "?") + of
         facts["iterations"] = last.get("iteration", "?")
-        with contextlib.suppress(ValueError):  # not a number
-            minutes = round(float(last.get("seconds", "")) / 60)
-            hours = f"{minutes // 60} h " if minutes >= 60 else ""
-            facts["time trained"] = f"{hours}{minutes % 60} min"
-    return facts
+        with contextlib.suppress(ValueError, OverflowError):  # not a number
+            seconds = round(float(last.get("seconds", "")))
+            facts["time trained"] = str(datetime.timedelta(seconds=seconds))
+    return [list(facts), list(facts.values())] if facts else []
 
 
-def find_strips(workdir: Path, direction: str) -> list[dict]:
-    """Return the comparison pictures of the first translations that the index names."""
-    try:
+def find_strips(workdir: Path, direction: str, options: dict) -> list[dict]:
+    """Return the comparison pictures of the first translations that the index names.
+
+    Those of a network with `keep_source` get a part that shows what it changed.
+    """
+    strips, rows = [], []
+    with contextlib.suppress(utils.UserError):
         rows = [row for row in tr.read_index(workdir) if row.direction == direction]
-    except utils.UserError:
-        return []
-    strips = []
     for row in rows[:PER_DIRECTION]:
-        name = tr.comparison_name(row)
-        heads = {workdir / "outputs" / "cycle" / name: ["source", "translation", "back again"]}
-        heads |= {workdir / "result" / name: ["translation", "source"]}
-        found = [path for path in heads if path.exists()]
-        if found:
-            newest = max(
-                found, key=lambda path: path.stat().st_mtime
-            )  # the first if they are equal
-            truth = ["ground truth"] if row.truth and newest == next(iter(heads)) else []
-            strips += embed(newest, row.source.rpartition("/")[2], heads[newest] + truth)
+        name, truth = tr.comparison_name(row), ["ground truth"] if row.truth else []
+        cycle, result = workdir / "outputs" / "cycle" / name, workdir / "result" / name
+        heads = {cycle: ["source", "translation", "back again", *truth]}
+        heads |= {result: ["translation", "source"]}
+        if found := [path for path in heads if path.exists()]:
+            newest = max(found, key=lambda path: path.stat().st_mtime)  # the first if equal
+            changed = bool(options.get("keep_source"))
+            strips += embed(newest, row.source.rpartition("/")[2], heads[newest], changed)
     return strips
 
 
@@ -134,59 +129,55 @@ def find_progress(folder: Path) -> list[dict]:
     return sum((embed(paths[i], paths[i].stem.replace("_", " ")) for i in chosen), [])
 
 
-def embed(path: Path, name: str, heads: list[str] | None = None) -> list[dict]:
-    """Return a picture file as a data URL, with names for its equal parts; [] if unreadable."""
+def embed(path: Path, name: str, heads: list[str] | None = None, changed=False) -> list[dict]:
+    """Return a picture file as a data URL, with names for its equal parts; [] if unreadable.
+
+    With `changed` the difference of its parts "source" and "translation" is put beside them.
+    """
     try:
         pixels = datasets.load_image(path)
     except datasets.UnreadableImage:
         return []
+    if changed and pixels.shape[1] % len(heads) == 0:
+        parts = dict(zip(heads, np.hsplit(pixels, len(heads)), strict=True))
+        change = metrics.change(parts["translation"], parts["source"])
+        pixels, heads = np.hstack([pixels, datasets.to_rgb(change)]), [*heads, "change"]
     height, width = pixels.shape[:2]
     if width > WIDEST:
         pixels = datasets.resize(pixels, (WIDEST, max(1, round(height * WIDEST / width))))
-    small = path.stat().st_size < 50_000  # larger ones become JPEG
-    file = io.BytesIO()
-    datasets.to_rgb(pixels).save(file, "PNG" if small else "JPEG", quality=85)
+    for kind in ("png", "jpeg"):  # the second for large ones
+        file = io.BytesIO()
+        datasets.to_rgb(pixels).save(file, kind, quality=85)
+        if file.tell() < 50_000:
+            break
     data = base64.b64encode(file.getvalue()).decode()
-    kind = "png" if small else "jpeg"
     return [{"src": f"data:image/{kind};base64,{data}", "name": name, "heads": heads}]
 
 
 def format_measures(measures: dict) -> dict[str, list[list[str]]]:
     """Return for each direction of `result/metrics.json` a table, the first row its head.
 
-    `measures` has, for A2B and B2A, the numbers of pictures (n, n_real, n_pairs), and for each of
-    KINDS a number for each of MEASURES that could be measured.
+    `measures` has for A2B and B2A, and for each of KINDS, those of MEASURES that were measured. The
+    last column says whether the translation is better than the baselines, identity and flat color.
     """
     tables = {}
-    for way in ("A2B", "B2A"):
-        found = measures.get(way)
-        if not isinstance(found, dict):
-            continue
-        kinds = [kind for kind in KINDS if found.get(kind)] or ["translation"]
-        rows = [[way, *(KINDS[kind] for kind in kinds), "better"]]
-        for key, name in (("n", "translations"), ("n_real", "real targets"), ("n_pairs", "pairs")):
-            if key in found:
-                rows.append([name, show(found[key]), *[""] * len(kinds)])
+    for way in [way for way in ("A2B", "B2A") if isinstance(measures.get(way), dict)]:
+        found = {kind: measures[way][kind] for kind in KINDS if measures[way].get(kind)}
+        rows = [[way, *(KINDS[kind] for kind in found), "better", "beats baselines"]]
         for key, name, form, better in MEASURES:
-            values = [found.get(kind, {}).get(key) for kind in kinds]
-            if values == [None] * len(kinds):
+            values = {kind: found[kind][key] for kind in found if key in found[kind]}
+            if not values:
                 continue
-            cells = [Cell("" if value is None else format(value, form)) for value in values]
-            spreads = [found.get(kind, {}).get(f"{key}_std") for kind in kinds]
-            for i, spread in enumerate(spreads):
-                if spread is not None:
-                    cells[i] = Cell(f"{cells[i]} ± {format(spread, form)}")
-            baselines = [
-                value
-                for kind, value in zip(kinds, values, strict=True)
-                if kind in ("identity", "flat") and value is not None
-            ]
+            cells = {kind: format(value, form) for kind, value in values.items()}
+            for kind in [kind for kind in values if f"{key}_std" in found[kind]]:
+                cells[kind] += f" ± {format(found[kind][f'{key}_std'], form)}"
+            baselines, verdict = [values[k] for k in ("identity", "flat") if k in values], ""
             # on pixels that should stay, identity is hard to beat: no verdict
-            if better and baselines and values[0] is not None and key != "kept":
+            if better and baselines and "translation" in values and key != "kept":
                 sign = 1 if better == "lower" else -1
-                beats = all(sign * values[0] < sign * value for value in baselines)
-                cells[0].verdict = "good" if beats else "bad"
-            rows.append([name, *cells, better])
+                beats = all(sign * values["translation"] < sign * value for value in baselines)
+                verdict = "yes" if beats else "no"
+            rows.append([name, *(cells.get(kind, "") for kind in found), better, verdict])
         tables[way] = rows
     return tables
 

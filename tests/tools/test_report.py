@@ -17,13 +17,18 @@ from tools import report
 SECTIONS = ["Translations of test pictures", "Measures", "Progress", "Losses", "Settings"]
 METRICS = {
     "A2B": {
-        "n": 9,
-        "n_real": 10,
-        "translation": {"kid": 0.01234, "kid_std": 0.002, "fid": 298.5, "under_5": 0.5},
+        "translation": {
+            "n": 9,
+            "n_real": 10,
+            "kid": 0.01234,
+            "kid_std": 0.002,
+            "fid": 298.5,
+            "under_5": 0.5,
+        },
         "identity": {"kid": 0.1, "kid_std": 0.003, "fid": 200, "under_5": 0.25},
         "flat": {"under_5": 0.625},
     },
-    "B2A": {"n": 10, "translation": {"cycle": 25}, "identity": {}},
+    "B2A": {"translation": {"n": 10, "cycle": 25}, "identity": {}},
 }
 
 
@@ -46,12 +51,12 @@ class Page(HTMLParser):
         self.attributes += attributes
 
     def handle_data(self, data):
-        self.texts.append(data)
+        self.texts.append(data.strip())
 
 
-def save(path: Path, width: int, height: int, colour="red") -> None:
+def save(path: Path, width: int, height: int, color="red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), colour).save(path)
+    Image.new("RGB", (width, height), color).save(path)
 
 
 def write(path: Path, text: str) -> None:
@@ -95,7 +100,7 @@ def test_a_whole_page_that_needs_nothing_else(tmp_path):
     assert len(links) == 8 and all(link.startswith("data:image/") for link in links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "://" not in path.read_text() and "url(" not in path.read_text()
-    for text in ("CycleGAN: fruit", "64 x 64", "3 of 9", "2 h 5 min", "150", "0.25"):
+    for text in ("CycleGAN: fruit", "64 x 64", "3 of 9", "2:05:00", "150", "0.25"):
         assert text in page.texts
     workers = page.texts.index("workers")
     assert page.texts[workers + 1] == "0"  # and not "no", which is what False becomes
@@ -105,9 +110,9 @@ def test_a_whole_page_that_needs_nothing_else(tmp_path):
     assert page.texts.count("back again") == 4 and "ground truth" not in page.texts
     # better than both baselines or not: KID is, FID and pixels are not; B2A has no baselines
     verdicts = [
-        value for name, value in page.attributes if name == "class" and value in ("good", "bad")
+        value for name, value in page.attributes if name == "class" and value in ("yes", "no")
     ]
-    assert verdicts == ["good", "bad", "bad", "good", "bad"]  # the first two explain the colours
+    assert verdicts == ["no", "yes", "no"]
 
 
 @pytest.mark.parametrize(
@@ -192,16 +197,35 @@ def test_it_shows_the_newest_comparison(tmp_path):
     assert "back again" not in page.texts
 
 
+def test_the_change_is_shown_where_the_source_is_kept(tmp_path):
+    """Beside the other parts, twice the mean difference: 2 * (10 + 20 + 60) / 3."""
+    for name, parts in (("outputs/cycle", "source fake rec truth"), ("result", "fake source")):
+        colors = {"source": (50, 60, 70), "fake": (60, 80, 130), "rec": "red", "truth": "blue"}
+        strip = [Image.new("RGB", (9, 8), colors[part]) for part in parts.split()]
+        path = tmp_path / name / "A2B_x.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.hstack(strip)).save(path)
+        index(tmp_path, ["x.png"], truth="/x/y.png")
+        for keep_source in (False, True):
+            write(tmp_path / "models/options.json", json.dumps({"keep_source": keep_source}))
+            page = Page(report.write_report(tmp_path))
+            (shown,) = (np.asarray(picture) for picture in page.pictures)
+            n = len(strip)
+            assert (shown[:, : 9 * n] == np.hstack(strip)).all()
+            assert shown.shape == (8, 9 * (n + keep_source), 3)
+            assert (shown[:, 9 * n :] == 60).all() and page.texts.count("change") == keep_source
+        path.unlink()
+
+
 def test_metrics_as_tables():
     assert report.format_measures({}) == report.format_measures({"A2B": 3}) == {}
     tables = report.format_measures(METRICS)
     assert tables["A2B"] == [
-        ["A2B", "ours", "identity", "flat colour", "better"],
-        ["translations", "9", "", "", ""],
-        ["real targets", "10", "", "", ""],
-        ["pixels off by less than 5", "50.0%", "25.0%", "62.5%", "higher"],
-        ["KID to the target set", "0.01234 ± 0.00200", "0.10000 ± 0.00300", "", "lower"],
-        ["FID to the target set", "298.50", "200.00", "", "lower"],
+        ["A2B", "ours", "identity", "flat color", "better", "beats baselines"],
+        ["translations", "9", "", "", "", ""],
+        ["real targets", "10", "", "", "", ""],
+        ["pixels off by less than 5", "50.0%", "25.0%", "62.5%", "higher", "no"],
+        ["KID to the target set", "0.01234 ± 0.00200", "0.10000 ± 0.00300", "", "lower", "yes"],
+        ["FID to the target set", "298.50", "200.00", "", "lower", "no"],
     ]
-    assert [row[1].verdict for row in tables["A2B"][3:]] == ["bad", "good", "bad"]
-    assert tables["B2A"][-1] == ["cycle error, of 255", "25.00", "lower"]
+    assert tables["B2A"][-1] == ["cycle error, of 255", "25.00", "lower", ""]
