@@ -18,6 +18,7 @@ import torch
 
 import datasets
 import utils
+from lib import metrics
 from lib import translation as tr
 from models import load_generator
 from utils import UserError
@@ -64,72 +65,68 @@ def cached_generator(path: Path, changed: int, device: torch.device):
     return load_generator(path, device)
 
 
-class Translator:
-    """Translates files with the weights that are in the folder `models` at the moment."""
-
-    def __init__(self, models: Path, longest: int, device: torch.device, dtype):
-        self.models, self.longest, self.device, self.dtype = models, longest, device, dtype
-
-    def weights(self, label: str, way: str) -> Path:
-        name = find_checkpoints(self.models).get(label)
-        if name is None or way not in ("A2B", "B2A"):
-            raise UserError(f"there is no checkpoint “{label}” any more: reload the page")
-        return self.models / name.replace("*", way)
-
-    def load(self, weights: Path):
-        changed = weights.stat().st_mtime_ns if weights.exists() else 0
-        return cached_generator(weights, changed, self.device)
-
-    def read(self, path: Path, channels: int) -> tuple[np.ndarray, str]:
-        """Return a picture (H, W, channels), scaled down if too large, and a note on its size."""
-        picture = datasets.load_image(path, channels)
-        height, width = picture.shape[:2]
-        scale = self.longest / max(height, width)
-        if scale >= 1:
-            return picture, f"{width} × {height} pixels"
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        note = f"scaled down from {width} × {height} to {size[0]} × {size[1]} pixels"
-        return datasets.resize(picture, size), note
-
-    def translate(self, net, picture: np.ndarray) -> np.ndarray:
-        """(H, W, input_nc) -> (H, W, output_nc), the same bytes as from test.py."""
-        with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
-            return tr.translate_batch(net, [picture], self.device, self.dtype)[0]
+def shrink(picture: np.ndarray, longest: int) -> tuple[np.ndarray, str]:
+    """Return a picture (H, W, C), scaled down if a side is too long, and a note on its size."""
+    height, width = picture.shape[:2]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return picture, f"{width} × {height} pixels"
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    note = f"scaled down from {width} × {height} to {size[0]} × {size[1]} pixels"
+    return datasets.resize(picture, size), note
 
 
-def build_page(translator: Translator, options: dict, examples: dict[str, list[str]]):
-    """Return the Gradio page: its parts from top to bottom, then the events."""
+def build_page(models: Path, longest: int, device, dtype, options: dict, examples: dict):
+    """Return the Gradio page: its parts from top to bottom, then the events.
+
+    It translates with the weights that are in the folder `models` at the moment.
+    """
     import gradio as gr
 
-    labels = lambda: list(find_checkpoints(translator.models))
-    progress = gr.Progress()
-    names = tr.domain_names(options)
+    names, progress = tr.domain_names(options), gr.Progress()
+    labels = lambda: list(find_checkpoints(models))
+
+    def find_weights(label: str, way: str) -> Path:
+        name = find_checkpoints(models).get(label)
+        if name is None or way not in ("A2B", "B2A"):
+            raise UserError(f"there is no checkpoint “{label}” any more: reload the page")
+        return models / name.replace("*", way)
+
+    def load(weights: Path):
+        changed = weights.stat().st_mtime_ns if weights.exists() else 0
+        return cached_generator(weights, changed, device)
+
+    def translate(net, picture: np.ndarray) -> np.ndarray:
+        """(H, W, input_nc) -> (H, W, output_nc), the same bytes as from test.py."""
+        with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
+            return tr.translate_batch(net, [picture], device, dtype)[0]
 
     def show(upload: dict | None, way: str, label: str, bar=progress):
         """Yield the translation as soon as it is there, then the way back too."""
         if upload is None:
-            yield None, None, gr.DownloadButton(interactive=False), ""
+            yield None, None, None, gr.DownloadButton(interactive=False), ""
             return
         path, start = Path(upload["path"]), time.perf_counter()
         try:
             bar(0.1, "loading the weights")
-            weights = translator.weights(label, way)
-            net = translator.load(weights)
-            source, note = translator.read(path, net.input_nc)
+            weights, back = find_weights(label, way), find_weights(label, way[::-1])
+            net = load(weights)
+            source, note = shrink(datasets.load_image(path, net.input_nc), longest)
             bar(0.5, "translating")
-            fake = translator.translate(net, source)
-            note += f", {time.perf_counter() - start:.1f} s on {translator.device}"
-            back = translator.weights(label, way[::-1])
+            fake = translate(net, source)
+            note += f", {time.perf_counter() - start:.1f} s on {device}"
+            same = fake.shape == source.shape  # numbers of channels may differ
+            change = datasets.to_rgb(metrics.change(fake, source)) if same else None
             cycle = back.exists() and back != weights
             with tempfile.TemporaryDirectory() as folder:  # Gradio keeps its own copy
                 result = Path(folder) / f"{path.stem}_{way}{tr.file_suffix(fake.shape[2])}"
                 tr.save_array(result, fake)
                 button = gr.DownloadButton(value=result, interactive=True)
-                status = note + (", translating back ..." if cycle else "")
-                yield datasets.to_rgb(fake), None, button, status
+                status = note + ", translating back ..." * cycle
+                yield datasets.to_rgb(fake), None, change, button, status
             if cycle:
-                rec = translator.translate(translator.load(back), fake)
-                yield gr.skip(), datasets.to_rgb(rec), gr.skip(), note
+                rec = datasets.to_rgb(translate(load(back), fake))
+                yield gr.skip(), rec, gr.skip(), gr.skip(), note
         except datasets.UnreadableImage as error:
             message = f"{path.name} is not a picture that can be read ({error}). Try another file."
             raise gr.Error(message, print_exception=False) from error
@@ -142,10 +139,10 @@ def build_page(translator: Translator, options: dict, examples: dict[str, list[s
             choices = [(f"{names[d[0]]} → {names[d[-1]]}", d) for d in examples]
             way = gr.Radio(choices, value="A2B", label="direction")
             checkpoint = gr.Dropdown(labels(), label="checkpoint")
+        kind = {"height": HEIGHT, "interactive": False, "buttons": ["fullscreen"]}
         with gr.Row():
-            kind = {"height": HEIGHT, "interactive": False, "buttons": ["fullscreen"]}
             with gr.Column(min_width=240):
-                below = 56  # as high as what is below the two others
+                below = 56  # as high as what is below the others
                 sources = ["upload", "webcam", "clipboard"]
                 source = gr.Image(label="source", sources=sources, height=HEIGHT + below)
             with gr.Column(min_width=240):
@@ -154,11 +151,14 @@ def build_page(translator: Translator, options: dict, examples: dict[str, list[s
             with gr.Column(min_width=240):
                 rec = gr.Image(label="back again", format="png", **kind)
                 note = gr.Markdown()
+            with gr.Column(min_width=240, visible=bool(options.get("keep_source"))):
+                change = gr.Image(label="change", format="png", **kind)
+                gr.Markdown("Black: as the source.")
         # raw uploads: Gradio would decode and turn them in its own way
         work = {
             "fn": show,
             "inputs": [source, way, checkpoint],
-            "outputs": [fake, rec, download, note],
+            "outputs": [fake, rec, change, download, note],
             "show_progress_on": fake,
             "preprocess": False,
         }
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         examples = find_examples(args.workdir, options)
-        page = build_page(Translator(models, args.longest, device, dtype), options, examples)
+        page = build_page(models, args.longest, device, dtype, options, examples)
         try:
             _, address, _ = page.launch(
                 server_name="127.0.0.1",

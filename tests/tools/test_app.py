@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import test
 import utils
 from lib import translation
@@ -47,9 +48,12 @@ def run(tmp_path_factory) -> Path:
         (folder / name).mkdir(parents=True)
     for i, name in enumerate(("netG_A2B", "netG_B2A", "horse2zebra", "netD_A")):
         torch.manual_seed(i)
-        net = init_weights(Generator(ngf=8, n_residual_blocks=1), init_gain=0.1)
+        keep_source = name.startswith("netG")
+        net = Generator(ngf=8, n_residual_blocks=1, keep_source=keep_source)
+        init_weights(net, init_gain=0.1)
         torch.save(net.state_dict(), folder / "models" / f"{name}.pth")
     options = {"dataroot": str(folder / "set"), "preprocess": "resize_and_crop", "size": 32}
+    options["keep_source"] = True
     (folder / "models" / "options.json").write_text(json.dumps(options))
     for i in range(2):
         draw(folder / "set" / "testA" / f"{i}.png", 32, 32, seed=i)
@@ -103,7 +107,7 @@ def upload(page, path: Path) -> None:
 
 
 def shown(page, which: int) -> np.ndarray:
-    """The pixels of the source (0), translation (1) or way back (2), once it is there."""
+    """The pixels of source (0), translation (1), way back (2) or change (3), once it is there."""
     image = page.locator(".image-frame").nth(which).locator("img")
     image.wait_for()
     return pixels(page.request.get(image.get_attribute("src")).body())
@@ -131,6 +135,9 @@ def test_an_uploaded_picture_becomes_what_test_py_makes_of_it(page, run, tmp_pat
     expected = translated(run, tmp_path, photo)
     assert expected.shape == (60, 45, 3) and expected.std() > 2
     assert (shown(page, 1) == expected).all()
+    source = datasets.load_image(photo).astype(int)
+    change = (2 * abs(expected - source).mean(2, keepdims=True)).round().clip(0, 255)
+    assert (shown(page, 3) == change).all() and change.max() > 2
     with page.expect_download() as download:
         page.get_by_text("Download PNG").click()
     assert download.value.suggested_filename == "photo_A2B.png"
@@ -170,7 +177,7 @@ def test_examples_direction_and_dropped_weights(page, run, tmp_path):
     shown(page, 2)
     page.get_by_label("checkpoint").click()
     page.get_by_role("option", name="horse2zebra.pth").click()
-    page.locator(".image-frame").nth(2).wait_for(state="detached")  # these weights go one way only
+    page.locator(".image-frame").nth(3).wait_for(state="detached")  # these weights go one way only
     weights = ["--weights", run / "models" / "horse2zebra.pth"]
     assert (shown(page, 1) == translated(run, tmp_path, example, "A2B", *weights)).all()
 
