@@ -83,7 +83,7 @@ class CycleGAN:
             for net in self.networks().values():
                 net.compile(dynamic=False)  # in place: the names of the weights stay
 
-        adam = {"lr": args.lr, "betas": (args.beta1, 0.999)}
+        adam = {"lr": args.lr, "betas": (args.beta1, args.beta2)}
         adam["fused"] = device.type in ("cpu", "cuda")  # one pass over memory; the same numbers
         self.params_G = [*self.netG_A2B.parameters(), *self.netG_B2A.parameters()]
         self.params_D = [*self.netD_A.parameters(), *self.netD_B.parameters()]
@@ -268,8 +268,9 @@ def train(args, state: dict | None) -> int:
     stop = utils.StopRequest()  # before workers start, so that signals do not end them
     loader = iter(datasets.make_loader(data, sampler, args.workers, device.type == "cuda"))
 
-    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(scale: int) -> tuple[torch.Tensor, torch.Tensor]:
         pair = (datasets.to_float(x.to(device, non_blocking=True)) for x in next(loader))
+        pair = (F.avg_pool2d(x, scale) if scale > 1 else x for x in pair)
         return tuple(x.contiguous(memory_format=model.layout) for x in pair)  # real_A, real_B
 
     remaining = len(epochs) * n_steps - progress["sample"] // per_step
@@ -293,7 +294,8 @@ def train(args, state: dict | None) -> int:
             for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
                 group["lr"] = lr
             start = time.time()
-            batches = [next_batch() for _ in range(args.accumulate)]
+            scale = 2 if done < args.half_size * args.n_epochs else 1  # coarse first, then fine
+            batches = [next_batch(scale) for _ in range(args.accumulate)]
             log.waited += time.time() - start
             model.step(batches)
             log.bar.update()
@@ -391,7 +393,8 @@ def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
         n = max(len(datasets.list_images(folder)) for folder in folders)
         args.n_epochs = max(1, round(QUICK_ITERATIONS * args.batch_size / n))
         args.options["n_epochs"] = args.n_epochs
-    args.decay_epoch = args.n_epochs // 2 if args.decay_epoch is None else args.decay_epoch
+    if args.decay_epoch is None:
+        args.decay_epoch = int(args.n_epochs * max(0.5, args.half_size))
     check_options(args)
     for split in ("trainA", "trainB"):
         datasets.find_split(args.dataroot, split)

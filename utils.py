@@ -512,8 +512,8 @@ class ReplayBuffer:
     """History of generated pictures (paper section 4; Shrivastava et al. 2017).
 
     The first `size` pictures are stored and returned. From then on each picture is, with
-    probability 1/2, swapped for a random stored one, or else returned and not stored; so is one of
-    another shape than the first. Choices are made on the host: a GPU is never waited for.
+    probability 1/2, swapped for a random stored one, or else returned and not stored. Pictures of
+    another shape begin a new history. Choices are made on the host: a GPU is never waited for.
     """
 
     def __init__(self, size: int = 50, seed: int = 0):
@@ -524,11 +524,9 @@ class ReplayBuffer:
         """Take new fakes (N, C, H, W), return as many, some of them old ones, without gradients."""
         fakes = fakes.detach()
         result = fakes.clone()
-        if self.n == 0:
-            self.images = fakes.new_zeros(self.size, *fakes.shape[1:])
-        if self.size == 0 or fakes.shape[1:] != self.images.shape[1:]:
-            return result
-        for k in range(len(fakes)):
+        if fakes.shape[1:] != self.images.shape[1:]:
+            self.images, self.n = fakes.new_zeros(self.size, *fakes.shape[1:]), 0
+        for k in range(len(fakes) if self.size else 0):
             if self.n < self.size:
                 self.images[self.n] = fakes[k]
                 self.n += 1

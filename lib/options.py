@@ -17,10 +17,13 @@ QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
 # small enough for two CPU cores and six minutes
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
-DEMO |= {"n_epochs": 16, "batch_size": 4, "lr": 4e-4, "id_every": 4, "keep_source": True}
+DEMO |= {"n_epochs": 36, "half_size": 0.72, "batch_size": 4, "lr": 4e-4, "beta2": 0.99}
+DEMO |= {"lambda_cyc": 10.0, "lambda_id": 1.0, "id_every": 4, "keep_source": True}
 
 # what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
-CLASSIC = {"batch_size": 1, "lr": 2e-4, "id_every": 1, "ema": 0.0, "keep_source": False}
+CLASSIC = {"batch_size": 1, "lr": 2e-4, "beta2": 0.999, "half_size": 0.0, "ema": 0.0}
+CLASSIC |= {"lambda_cyc": 10.0, "lambda_id": 5.0, "id_every": 1}
+CLASSIC |= {"keep_source": False, "upsample": "deconv"}
 
 # what a resume cannot change: the saved weights would not fit, or would mean something else
 FIXED = "netG n_residual_blocks ngf upsample norm dropout netD n_layers_D ndf input_nc output_nc "
@@ -31,7 +34,7 @@ RANGES = {  # low <= value < high
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
     "lambda_id init_gain": (0, math.inf),
-    "ema beta1": (0, 1),
+    "ema beta1 beta2 half_size": (0, 1),
 }
 
 
@@ -81,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--lr_policy", "linear", "how the learning rate falls", "linear step cosine constant")
     add(g, "--lr", 2e-4, "learning rate of Adam")
     add(g, "--beta1", 0.5, "first momentum of Adam")
+    add(g, "--beta2", 0.999, "second; 0.99 adapts sooner, for short runs")
     add(g, "--batch_size --batchSize", 1, "pictures of each domain at a time")
     add(g, "--accumulate", 1, "batches whose gradients are averaged for one iteration")
 
@@ -99,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--preprocess", "resize_and_crop", "how a picture is brought to size", ways)
     add(g, "--load_size", 286, "what it is resized to")
     add(g, "--size --crop_size", 256, "what is cropped from it")
+    add(g, "--half_size", 0.0, "share of the run, its first, that trains at half of size")
     add(g, "--no_flip", False, "no random horizontal flips")
     add(g, "--direction", "AtoB", "BtoA swaps the two folders", "AtoB BtoA")
     add(g, "--input_nc", 3, "channels of A: 1 grey (8 or 16 bits), 3 RGB, n from .npy files")
@@ -180,16 +185,17 @@ def check_options(args: argparse.Namespace) -> None:
     multiple = {"unet_256": 256, "unet_128": 128}.get(args.netG, 4)
     least = {"basic": 24, "pixel": 16, "strided": 32}  # so that the last normed map is not 1x1
     least = least.get(args.netD, max(16, 3 * 2**args.n_layers_D))
-    if size % multiple or size < least:
+    scale = 2 if args.half_size else 1
+    if size % (scale * multiple) or size < scale * least:
         raise UserError(
             f"--size is {size}, but --netG {args.netG} needs a multiple of {multiple} and "
-            f"--netD {args.netD} at least {least}"
+            f"--netD {args.netD} at least {least}" + ", twice that with --half_size" * (scale - 1)
         )
     if args.preprocess in ("none", "scale_width"):  # pictures of different sizes
-        if args.batch_size > 1:
+        if args.batch_size > 1 or args.half_size:
             raise UserError(
                 f"--preprocess {args.preprocess} leaves pictures of different sizes, which do not "
-                "go into one batch: use --batch_size 1 (and --accumulate)"
+                "go into one batch: use --batch_size 1 (and --accumulate), --half_size 0"
             )
         if multiple > 4:
             raise UserError(

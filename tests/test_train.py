@@ -88,7 +88,7 @@ def plain_like(model: CycleGAN) -> Plain:
     plain, args = Plain(model.args, CPU), model.args
     for name, net in model.networks().items():
         setattr(plain, name, copy.deepcopy(net))
-    adam = lambda params: torch.optim.Adam(params, args.lr, (args.beta1, 0.999))
+    adam = lambda params: torch.optim.Adam(params, args.lr, (args.beta1, args.beta2))
     plain.optimizer_G = adam([*plain.netG_A2B.parameters(), *plain.netG_B2A.parameters()])
     plain.optimizer_D_A = adam(plain.netD_A.parameters())
     plain.optimizer_D_B = adam(plain.netD_B.parameters())
@@ -269,6 +269,8 @@ def test_buffer_keeps_its_own_copy_and_cuts_gradients():
     assert kept.images[0].sum() == 0
     none = ReplayBuffer(0)
     assert torch.equal(none.query(images), images) and none.n == 0
+    larger = torch.zeros(2, 3, 4, 4)  # another shape begins a new history
+    assert torch.equal(kept.query(larger)[:1], larger[:1]) and kept.images.shape == (1, 3, 4, 4)
 
 
 def test_linear_schedule():
@@ -319,7 +321,8 @@ def test_presets_give_way_to_what_is_typed():
     assert (quick.keep_source, quick.lambda_cyc, quick.lambda_id) == (True, 5, 0)
     keep = train.parse_args(["--keep_source"])
     assert (keep.lambda_cyc, keep.lambda_id, keep.size) == (3, 0, 256)
-    assert not train.parse_args(["--demo", "--classic"]).keep_source
+    classic = train.parse_args(["--quick", "--classic"])
+    assert (classic.keep_source, classic.lambda_cyc, classic.half_size) == (False, 10, 0)
     saved = train.parse_args(["--quick", "--n_epochs", "7"]).options
     resumed = train.parse_args(["--resume", "--ngf", "8"], saved)
     assert (resumed.n_epochs, resumed.ngf, resumed.lambda_cyc) == (7, 8, 3)
@@ -328,25 +331,27 @@ def test_presets_give_way_to_what_is_typed():
 def test_a_run_is_the_plain_loop(dataroot, tmp_path):
     """Two epochs of train.py end with the weights and the log of a loop written out here.
 
-    Order, crops, flips, the schedule and the averages, written out; five pictures of A, four of
-    B, batches of two, so that the last of an epoch is filled from its start.
+    Order, crops, flips, half of the size in the first half, the schedule and the averages, written
+    out; five pictures of A, four of B, batches of two: the last of an epoch is filled from its
+    start.
     """
     words = "--n_epochs 2 --decay_epoch 1 --batch_size 2 --pool_size 3 --ema 0.9 --seed 4"
-    words += " --log_every 2"
+    words += " --log_every 2 --size 48 --load_size 50 --half_size 0.5 --beta2 0.99"
     assert tiny_runs.run(dataroot, tmp_path, words) == 0
 
     fresh = CycleGAN(train.parse_args(tiny_runs.words(dataroot, tmp_path, words)), CPU)
     plain = plain_like(fresh)
     average = copy.deepcopy(plain.netG_A2B)
 
-    def load(letter: str, i: int, rng) -> torch.Tensor:
+    def load(letter: str, i: int, rng, half: bool) -> torch.Tensor:
         picture = datasets.load_image(dataroot / f"train{letter}" / f"{i}.png")
-        picture = datasets.resize(picture, (26, 26))
+        picture = datasets.resize(picture, (50, 50))
         y, x, flip = rng.random(3)
-        top, left = int(y * 3), int(x * 3)  # 26 - 24 + 1 places
-        window = picture[top : top + 24, left : left + 24]
+        top, left = int(y * 3), int(x * 3)  # 50 - 48 + 1 places
+        window = picture[top : top + 48, left : left + 48]
         window = window[:, ::-1] if flip < 0.5 else window
-        return torch.from_numpy(window / 127.5 - 1).float().permute(2, 0, 1)
+        x = torch.from_numpy(window / 127.5 - 1).float().permute(2, 0, 1)
+        return x.reshape(3, 24, 2, 24, 2).mean((2, 4)) if half else x
 
     steps = []
     for epoch in range(2):
@@ -356,7 +361,9 @@ def test_a_run_is_the_plain_loop(dataroot, tmp_path):
             for index in (2 * step, 2 * step + 1):
                 rng = np.random.default_rng((4, epoch, index))
                 j = int(rng.integers(4))
-                pairs.append((load("A", order[index % 5], rng), load("B", j, rng)))
+                half = epoch == 0
+                A = load("A", order[index % 5], rng, half)
+                pairs.append((A, load("B", j, rng, half)))
             for optimizer in (plain.optimizer_G, plain.optimizer_D_A, plain.optimizer_D_B):
                 optimizer.param_groups[0]["lr"] = 2e-4 * (1 if epoch == 0 else 1 - 2 * step / 5)
             decay = min(0.9, (1 + len(steps)) / (10 + len(steps)))
@@ -373,7 +380,7 @@ def test_a_run_is_the_plain_loop(dataroot, tmp_path):
             if key.endswith("weight"):
                 apart += (saved[key] - value).square().sum()
                 moved += (net.state_dict()[key] - value).square().sum()
-        assert (apart / moved).sqrt() < 1e-4, name
+        assert (apart / moved).sqrt() < 5e-3, name  # what Adam makes of rounding: 2e-3
     log = read_csv(tmp_path / "logs" / "losses.csv")
     assert log["iteration"] == [2, 3, 4, 6]  # the rows are means since the one before
     for name in steps[0]:
@@ -443,6 +450,9 @@ def test_weights_are_chosen_on_pictures_set_aside(dataroot, tmp_path, monkeypatc
     ("words", "message"),
     [
         ("--beta1 2", "--beta1 is 2.0, but must be at least 0 and below 1"),
+        ("--beta2 1", "--beta2 is 1.0, but must be at least 0 and below 1"),
+        ("--half_size 1", "--half_size is 1.0, but must be at least 0 and below 1"),
+        ("--half_size 0.5 --size 24 --load_size 24", "24, twice that with --half_size"),
         ("--ema -0.1", "--ema is -0.1, but must be at least 0 and below 1"),
         ("--lambda_cyc -1", "--lambda_cyc is -1.0, but must be at least 0"),
         ("--lambda_A -1", "--lambda_A is -1"),
