@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--dataroot", Path("dataset/apple2orange"), "folder with trainA, trainB, testA, testB")
     add(g, "--demo", False, "draw a small set of pictures if need be, and train on it in minutes")
     add(g, "--quick", False, "own photographs in minutes: 128x128, narrow, --keep_source")
-    text = "no averages, batch 1: --batch_size 1 --lr 2e-4 --id_every 1 --ema 0"
+    text = "the paper's recipe: batch 1, no averages, lambda_cyc 10, lambda_id 5, ..."
     add(g, "--classic", False, text)
     add(g, "--workdir", Path("."), "where models/, images/, logs/, outputs/, result/ go")
     exclusive = g.add_mutually_exclusive_group()
