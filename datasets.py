@@ -5,7 +5,6 @@ tensor is (C, H, W).
 """
 
 import contextlib
-import hashlib
 import os
 import signal
 import sys
@@ -28,7 +27,6 @@ from lib.formats import UnreadableImage
 from utils import UserError, worker_context
 
 EXTENSIONS = formats.PICTURES + formats.UNITS
-LONGEST_NAME = 255  # bytes; the limit of common file systems
 
 # ------------------------------------------------------------------------------------------------
 # Finding pictures
@@ -80,38 +78,6 @@ def find_split(dataroot: Path, split: str) -> Path:
         f"{dataroot.name or 'apple2orange'}` downloads it if it is a known set, "
         "`python -m tools.download demo` draws one, or change --dataroot"
     )
-
-
-def output_names(names: list[str], suffixes: list[str] | None = None) -> list[str]:
-    """One output name for each source name, all different even where letter case is ignored.
-
-    "a.jpg" becomes "a.png" (or has another suffix, one for each name in `suffixes`); if "a.png" is
-    there too, that becomes "a_png.png". Names too long for the file system are cut and end in a
-    hash.
-    """
-    suffixes = suffixes or [".png"] * len(names)
-    taken: set[str] = set()
-    outputs = []
-    for name, suffix in zip(names, suffixes, strict=True):
-        stem, extension = formats.split_suffix(name)
-        candidate, number = stem, 1
-        while (output := shorten(candidate, suffix)).lower() in taken:
-            candidate = f"{stem}_{extension[1:]}" + (f"_{number}" if number > 1 else "")
-            number += 1
-        taken.add(output.lower())
-        outputs.append(output)
-    return outputs
-
-
-def shorten(stem: str, suffix: str, prefix: str = "") -> str:
-    """`prefix + stem + suffix` with the last part cut to what a file system allows."""
-    folder, _, last = stem.rpartition("/")
-    name = f"{prefix}{last}{suffix}"
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        mark = "~" + hashlib.sha256(os.fsencode(last)).hexdigest()[:8]
-        room = LONGEST_NAME - len(os.fsencode(prefix + mark + suffix))
-        name = f"{prefix}{os.fsencode(last)[:room].decode('utf-8', 'ignore')}{mark}{suffix}"
-    return f"{folder}/{name}" if folder else name
 
 
 # ------------------------------------------------------------------------------------------------

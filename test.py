@@ -6,6 +6,7 @@ python test.py --weights horse2zebra.pth --input photos/     published weights
 """
 
 import argparse
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,22 +45,17 @@ def find_sources(args, direction: str, options: dict) -> tuple[Path, list[tuple[
 
 
 def translate_rows(
-    args, rows: list, compared: list, net, back, options: dict, device, dtype, bar: str | None
+    args, rows: list, compared: list, net, back, load: Callable, how: dict, bar: str | None
 ) -> tuple[dict[tr.Translation, str], np.ndarray]:
     """Write the outputs of these rows, and pictures to compare of those that are in `compared`.
 
-    `back` is the generator of the other direction, or None. Returns why some sources could not be
-    read, and the sums of `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
+    `back` is the generator of the other direction, or None; `load` decodes a file; for `how` see
+    `tr.translate_batch`. Returns why some sources could not be read, and the sums of
+    `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
     """
     outputs, result = args.workdir / "outputs", args.workdir / "result"
-    for folder in {(outputs / row.output).parent for row in rows}:
-        utils.make_folder(folder)
-    size = args.size if args.size is not None else 0 if args.input else None
-    load = lambda path: tr.prepare(path, net.input_nc, options, size)
     paths = [Path(row.source) for row in rows]
-    batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    tiles = {"tile": args.tile, "scratch": args.scratch, "fallback": outputs}
-    fakes = tr.translate_files(net, paths, load, batch_size, device, dtype, **tiles)
+    fakes = tr.translate_files(net, paths, load, args.batch_size, **how)
     failed, sums, saving = {}, np.zeros((2, 2, 2)), []
     with ThreadPoolExecutor(tr.WORKERS) as pool:
         for i, source, fake in tqdm(fakes, bar, len(rows), disable=bar is None):
@@ -69,7 +65,7 @@ def translate_rows(
                 continue
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
-            saving.append(pool.submit(tr.save_array, outputs / row.output, fake))
+            saving.append(pool.submit(formats.save_array, outputs / row.output, fake))
             truth = tr.load_truth(Path(row.truth), fake) if row.truth else None
             if truth is not None:
                 sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
@@ -77,8 +73,8 @@ def translate_rows(
                 name = tr.comparison_name(row)
                 utils.save_picture(result / name, tr.side_by_side(fake, source))
                 # the way back would double the hours of a large picture
-                if back is not None and not tiling.pick_tile(back, [fake], dtype, args.tile):
-                    (rec,) = tr.translate_batch(back, [fake], device, dtype, tile=0)
+                if back is not None and not tiling.pick_tile(back, [fake], how["dtype"], args.tile):
+                    (rec,) = tr.translate_batch(back, [fake], **how | {"tile": 0})
                     strip = tr.side_by_side(source, fake, rec, *([] if truth is None else [truth]))
                     utils.save_picture(outputs / "cycle" / name, strip)
         for future in saving:
@@ -132,9 +128,16 @@ def main(args: argparse.Namespace) -> int:
     if args.direction or args.input or args.weights:
         directions = [tr.swap((args.direction or "A2B").replace("to", "2"), options)]
     sources = {direction: find_sources(args, direction, options) for direction in directions}
+    workdir, axis = args.workdir, options.get("axis", -1)
     for name in ("outputs", "outputs/cycle", "result"):
-        utils.make_folder(args.workdir / name)
-        utils.remove_temporary_files(args.workdir / name, seconds=60)  # of runs that were killed
+        utils.make_folder(workdir / name)
+        utils.remove_temporary_files(workdir / name, seconds=60)  # of runs that were killed
+    if args.size is None and args.input:
+        args.size = 0
+    args.batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
+    fit = lambda picture: tr.fit(picture, options, args.size)
+    how = {"device": device, "dtype": dtype, "tile": args.tile, "scratch": args.scratch}
+    how["fallback"] = workdir / "outputs"
     with utils.explain_out_of_memory("lower --batch_size, or give --tile 512"):
         for direction, (folder, pairs) in sources.items():
             weights = args.weights or tr.find_weights(models, f"netG_{direction}", args.last)
@@ -145,19 +148,20 @@ def main(args: argparse.Namespace) -> int:
             ranges, to = tr.find_ranges(options, direction, net), direction[-1]
             names, kind = [name for name, _ in pairs], (net.output_nc, any(ranges))
             suffixes = [formats.output_suffix(folder / name, *kind) for name in names]
-            outputs = datasets.output_names(names, suffixes)
+            outputs = tr.output_names(names, suffixes)
             rows = [
                 tr.Translation(direction, str((folder / name).absolute()), f"{to}/{output}", truth)
                 for (name, truth), output in zip(pairs, outputs, strict=True)
             ]
-            in_units = [r for r in rows if any(ranges) or r.output.endswith(formats.STACKED)]
-            plain = rows if not in_units else [row for row in rows if row not in set(in_units)]
+            for parent in {(workdir / "outputs" / row.output).parent for row in rows}:
+                utils.make_folder(parent)
+            in_units = {r: 0 for r in rows if any(ranges) or r.output.endswith(formats.STACKED)}
+            plain = [row for row in rows if row not in in_units][rank::world_size]
+            mine = stacks.group_rows(list(in_units))[rank::world_size]
             compared, bar = rows[: args.compare], direction if rank == 0 else None
-            done = translate_rows(
-                args, plain[rank::world_size], compared, net, back, options, device, dtype, bar
-            )
-            mine = stacks.group_rows(in_units)[rank::world_size]
-            common = net, ranges, options, device, dtype, bar, weights.name
+            load = lambda path, n=net.input_nc: fit(datasets.load_image(path, n, axis=axis))
+            done = translate_rows(args, plain, compared, net, back, load, how, bar)
+            common = net, bar, ranges, fit, axis, f"{weights.name} (CycleGAN)", how
             done[0].update(stacks.translate_stacks(args, mine, compared, *common))
             parts = [done] * world_size
             if world_size > 1:
@@ -166,8 +170,8 @@ def main(args: argparse.Namespace) -> int:
             code = 1 if failed else code
             if rank == 0:
                 translated = [row for row in rows if row not in failed]
-                tr.write_index(args.workdir, translated, [direction])
-                out = args.workdir / "outputs" / to
+                tr.write_index(workdir, translated, [direction])
+                out = workdir / "outputs" / to
                 print(f"{direction}: {len(translated)} of {len(rows)} pictures translated to {out}")
                 print_errors(direction, sum(sums for _, sums in parts))
                 for row, reason in failed.items():
@@ -176,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
     if rank == 0:
         from tools.report import write_report
 
-        print(f"report: {write_report(args.workdir)}")
+        print(f"report: {write_report(workdir)}")
     return code
 
 

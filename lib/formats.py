@@ -204,26 +204,23 @@ def to_stored(
 
 
 def read_picture(paths: list[Path], channels: int, axis: int) -> Pictures:
-    """A file of one picture, decoded at once; see `decode_picture`."""
-    picture = decode_picture(paths[0], channels or 3)
+    """A file of one picture, uint8, or uint16 if `channels` is 1 and the file is.
+
+    1 channel is grey, 3 are RGB, 4 RGBA. EXIF orientation is applied, alpha composited over white;
+    grey, palette, CMYK and 16-bit files are converted. Any other number of channels is read from
+    .npy files of shape (H, W, channels): uint8, uint16, or floats, as float32.
+    """
+    (path,), channels = paths, channels or 3
+    if path.suffix.lower() == ".npy":
+        picture = check_array(np.load(path, allow_pickle=False, mmap_mode="r"), channels)
+    else:
+        with Image.open(path, formats=PILLOW) as image:  # other formats, as EPS, start programs
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is {TOO_LARGE}")
+            ImageOps.exif_transpose(image, in_place=True)
+            picture = convert(image, channels)
     limits = integer_limits(picture.dtype, 1.0, 0.0)
     return Pictures(paths, 1, picture.dtype, lambda i: picture, limits)
-
-
-def decode_picture(path: Path, channels: int) -> np.ndarray:
-    """(H, W, channels), uint8, or uint16 if `channels` is 1 and the file is: 1 grey, 3 RGB, 4 RGBA.
-
-    EXIF orientation is applied, alpha composited over white; grey, palette, CMYK and 16-bit files
-    are converted. Any other number of channels is read from .npy files of shape (H, W, channels):
-    uint8, uint16, or floats, as float32.
-    """
-    if path.suffix.lower() == ".npy":
-        return check_array(np.load(path, allow_pickle=False, mmap_mode="r"), channels)
-    with Image.open(path, formats=PILLOW) as image:  # other formats, as EPS, start programs
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} is {TOO_LARGE}")
-        ImageOps.exif_transpose(image, in_place=True)
-        return convert(image, channels)
 
 
 def check_array(picture: np.ndarray, channels: int) -> np.ndarray:
@@ -272,16 +269,27 @@ def write_picture(paths, source: Pictures, pictures: Iterator, limits, note: str
     (picture,) = pictures
     dtype, _, _ = pick_type(source, limits)
     stored = to_stored(picture, dtype, 1.0, 0.0, None)
-    with atomic_write(paths[0]) as file:
-        if paths[0].suffix.lower() == ".npy":
-            np.save(file, stored)
-        elif dtype == np.uint8 or (dtype == np.uint16 and stored.shape[2] == 1):
-            Image.fromarray(stored[..., 0] if stored.shape[2] == 1 else stored).save(file, "png")
+    png = dtype == np.uint8 or (dtype == np.uint16 and stored.shape[2] == 1)
+    if paths[0].suffix == ".png" and not png:
+        raise UserError(
+            f"{paths[0]} cannot hold values from {limits[0]:g} to {limits[1]:g}: save the sources "
+            "as .tif or .npy"
+        )
+    save_array(paths[0], stored)
+
+
+def save_array(path: Path, picture: np.ndarray) -> None:
+    """Save (H, W, C) as .npy, or as PNG: 8 bits, or 16 if C is 1."""
+    with atomic_write(path) as file:
+        if path.suffix == ".npy":
+            np.save(file, picture)
         else:
-            raise UserError(
-                f"{paths[0]} cannot hold values from {limits[0]:g} to {limits[1]:g}: save the "
-                "sources as .tif or .npy"
-            )
+            Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(file, "png")
+
+
+def file_suffix(channels: int) -> str:
+    """The kind of file that holds pictures of so many channels: .png or .npy."""
+    return ".png" if channels in (1, 3, 4) else ".npy"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -748,10 +756,7 @@ STACKED = (".nii", ".nii.gz", ".dcm", ".tif", ".mp4")  # outputs that are no pla
 
 def suffix_of(path: Path) -> str:
     """What READERS calls the format of a file."""
-    name = path.name.lower()
-    if name.endswith(".nii.gz"):
-        return ".nii.gz"
-    return ".dcm" if is_dicom(path) else path.suffix.lower()
+    return ".dcm" if is_dicom(path) else split_suffix(path.name)[1].lower()
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -790,7 +795,7 @@ def output_suffix(path: Path, channels: int, units: bool) -> str:
         with contextlib.suppress(UnreadableImage), decoding(path):  # `read` reports it
             if is_raster(path):
                 return ".tif"
-    return ".npy" if channels not in (1, 3, 4) or (units and suffix == ".npy") else ".png"
+    return ".npy" if units and suffix == ".npy" else file_suffix(channels)
 
 
 def count(path: Path, axis: int = -1) -> int:

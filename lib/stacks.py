@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +43,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise UserError if an option is out of range."""
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth is {args.smooth}, but must be at least 0 and below 1")
+    if args.smooth and args.tile:
+        raise UserError("--smooth takes whole frames through the network: leave out --tile")
     for name in ("range_A", "range_B"):
         limits = vars(args)[name]
         if limits and not limits[0] < limits[1]:
@@ -92,7 +93,7 @@ class Windows:
     dtype = np.dtype(np.float32)
 
     def __init__(self, source: Pictures, limits: tuple, channels: int, target: tuple | None = None):
-        self.source, self.limits, self.target, self.lock = source, limits, target, threading.Lock()
+        self.source, self.limits, self.target = source, limits, target
         self.shape = (*source.geometry["raster"], channels)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
@@ -104,13 +105,12 @@ class Windows:
             picture = self.source.get(0, window)
         raster, store = self.target
         bands = store(formats.from_unit(values, self.limits, picture))
-        with self.lock:  # a raster is for one thread at a time
-            raster.write(bands, window=tuple((part.start, part.stop) for part in window))
+        raster.write(bands, window=tuple((part.start, part.stop) for part in window))
 
 
 def translate_windows(
     net, source: Pictures, output: Path, limits: tuple, stored: tuple | None, note: str, **how
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """Translate a raster of any size to `output` by tiles, of which none but a few are in memory.
 
     Returns a window of the source and of its translation, to show.
@@ -127,56 +127,49 @@ def translate_windows(
 
 
 def translate_stack(
-    args, net, paths: list[Path], outputs: list[Path], ranges: tuple, options: dict, note: str,
-    device, dtype,
+    args, net, paths: list[Path], outputs: list[Path], ranges: tuple, fit: Callable, axis: int,
+    note: str, how: dict,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Translate one file, or one DICOM series, to `outputs`; a source and its translation to show.
 
-    `args` are the options of test.py, `options` those of the run, `ranges` those of source and
-    target, or None; `note` is kept in the file.
+    `args` are the options of test.py, `ranges` those of source and target, or None; `fit` resizes a
+    picture; `axis` is across the slices of a volume; `note` is kept in the file; for `how` see
+    `tr.translate_batch`.
 
     Raises:
         UnreadableImage: a picture of it cannot be decoded, or is of other channels.
         UserError: floats, and no range.
     """
-    source = formats.read(paths, net.input_nc, options.get("axis", -1))
+    source = formats.read(paths, net.input_nc, axis)
     film = isinstance(source, Film)
     if film and net.output_nc not in (1, 3):
         raise UnreadableImage(f"a film cannot have the {net.output_nc} channels of the network")
-    low = source.limits if film else ranges[0] or source.limits
+    low, high = (source.limits, None) if film else (ranges[0] or source.limits, ranges[1])
     if low is None:
         raise formats.ask_for_range(paths[0])
-    limits = (low, low) if film else (low, ranges[1] or low)
-    size = args.size if args.size is not None else 0 if args.input else None
-    fit = lambda picture: tr.fit(picture, options, size)
-    batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    where = {"scratch": args.scratch, "fallback": args.workdir / "outputs"}
-    tile, joint = args.tile, args.volume_norm and len(source) > 1 and not film
-    if joint:
-        batch_size = len(source)
-    elif film and args.smooth:
-        if tile:
-            raise UserError("--smooth takes whole frames through the network: leave out --tile")
-        net, batch_size, tile = tr.share_norm(net, args.smooth), 1, 0
-    elif "raster" in source.geometry and size == 0:
-        tile = tiling.pick_tile(net, [Windows(source, limits[0], net.input_nc)], dtype, tile)
-        if tile:
-            how = {"note": note, "tile": tile, "dtype": dtype, **where}
-            return translate_windows(net, source, outputs[0], limits, ranges[1], **how)
-    how = {"device": device, "dtype": dtype, "joint": joint, "tile": tile, **where}
+    limits, batch_size = (low, high or low), args.batch_size
+    if film and args.smooth:
+        net, batch_size, how = tr.share_norm(net, args.smooth), 1, how | {"tile": 0}
+    elif args.volume_norm and len(source) > 1 and not film:
+        batch_size, how = len(source), how | {"joint": True}
+    elif "raster" in source.geometry and args.size == 0:
+        view = Windows(source, low, net.input_nc)
+        if tile := tiling.pick_tile(net, [view], how["dtype"], how["tile"]):
+            how = {name: how[name] for name in ("dtype", "scratch", "fallback")} | {"tile": tile}
+            return translate_windows(net, source, outputs[0], limits, high, note, **how)
     shown = []
 
     def translations() -> Iterator[np.ndarray]:
         pairs = translate_pictures(net, source, limits, fit, batch_size, **how)
         for i, (picture, fake) in enumerate(pairs):
             if i == len(source) // 2 or not shown:
-                shown[:] = formats.to_unit(picture, limits[0]), formats.to_unit(fake, limits[1])
+                shown[:] = formats.to_unit(picture, low), formats.to_unit(fake, limits[1])
             if film and args.side_by_side:
                 left = fit(picture)
                 fake = np.hstack([left, np.broadcast_to(fake, left.shape)])
             yield fake
 
-    formats.write(outputs, source, translations(), None if film else ranges[1], note)
+    formats.write(outputs, source, translations(), high, note)
     return shown[0], shown[1]
 
 
@@ -187,21 +180,17 @@ def group_rows(rows: list[tr.Translation]) -> list[list[tr.Translation]]:
 
 
 def translate_stacks(
-    args, groups: list[list[tr.Translation]], compared: list[tr.Translation], net, ranges: tuple,
-    options: dict, device, dtype, bar: str | None, weights: str,
-) -> dict[tr.Translation, str]:  # fmt: skip
+    args, groups: list[list[tr.Translation]], compared: list, net, bar: str | None, *common
+) -> dict[tr.Translation, str]:
     """Translate the groups' files, and write pictures to compare of those that are in `compared`.
 
-    `weights` is the name of the network's file. Returns why some sources could not be read.
+    For `common` see `translate_stack`. Returns why some sources could not be read.
     """
     failed = {}
     for group in tqdm(groups, bar, disable=bar is None or not groups):
         outputs = [args.workdir / "outputs" / row.output for row in group]
-        for folder in {output.parent for output in outputs}:
-            utils.make_folder(folder)
-        paths, note = [Path(row.source) for row in group], f"{weights} (CycleGAN)"
         try:
-            common = ranges, options, note, device, dtype
+            paths = [Path(row.source) for row in group]
             source, fake = translate_stack(args, net, paths, outputs, *common)
         except UnreadableImage as error:
             failed.update(dict.fromkeys(group, str(error)))

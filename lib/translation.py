@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ from models import OnnxGenerator, translate
 from utils import UserError
 
 WORKERS = 4  # threads that decode and save while the network computes
+LONGEST_NAME = 255  # bytes; the limit of common file systems
 SHOWN = 2048  # pixels of the longer side of a picture in a comparison
 
 # ------------------------------------------------------------------------------------------------
@@ -282,21 +284,6 @@ def load_truth(path: Path, fake: np.ndarray, limits: tuple | None = None) -> np.
         return None
 
 
-def file_suffix(channels: int) -> str:
-    """Return the kind of file that holds pictures of so many channels: .png or .npy."""
-    return ".png" if channels in (1, 3, 4) else ".npy"
-
-
-def save_array(path: Path, picture: np.ndarray) -> None:
-    """Save (H, W, C) as PNG (8 bits; 16 too if C is 1) or as .npy, see `file_suffix`."""
-    if file_suffix(picture.shape[2]) == ".png":
-        grey = picture.shape[2] == 1
-        utils.save_picture(path, Image.fromarray(picture[..., 0] if grey else picture))
-    else:
-        with utils.atomic_write(path) as file:
-            np.save(file, picture)
-
-
 def side_by_side(*pictures: np.ndarray) -> Image.Image:
     """Return (H, W, C) pictures of one size, and any C, as one RGB image of at most SHOWN each."""
     parts = []
@@ -323,7 +310,39 @@ class Translation(NamedTuple):
 def comparison_name(row: Translation) -> str:
     """Return the name of a row's comparison picture in `result/` and in `outputs/cycle/`."""
     stem = row.output.partition("/")[2].rpartition(".")[0]
-    return datasets.shorten(stem.replace("/", "_"), ".png", f"{row.direction}_")
+    return shorten(stem.replace("/", "_"), ".png", f"{row.direction}_")
+
+
+def output_names(names: list[str], suffixes: list[str] | None = None) -> list[str]:
+    """Return one output name for each source name, all different even where letter case is ignored.
+
+    "a.jpg" becomes "a.png" (or has another suffix, one for each name in `suffixes`); if "a.png" is
+    there too, that becomes "a_png.png". Names too long for the file system are cut and end in a
+    hash.
+    """
+    suffixes = suffixes or [".png"] * len(names)
+    taken: set[str] = set()
+    outputs = []
+    for name, suffix in zip(names, suffixes, strict=True):
+        stem, extension = formats.split_suffix(name)
+        candidate, number = stem, 1
+        while (output := shorten(candidate, suffix)).lower() in taken:
+            candidate = f"{stem}_{extension[1:]}" + (f"_{number}" if number > 1 else "")
+            number += 1
+        taken.add(output.lower())
+        outputs.append(output)
+    return outputs
+
+
+def shorten(stem: str, suffix: str, prefix: str = "") -> str:
+    """Return `prefix + stem + suffix` with the last part cut to what a file system allows."""
+    folder, _, last = stem.rpartition("/")
+    name = f"{prefix}{last}{suffix}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        mark = "~" + hashlib.sha256(os.fsencode(last)).hexdigest()[:8]
+        room = LONGEST_NAME - len(os.fsencode(prefix + mark + suffix))
+        name = f"{prefix}{os.fsencode(last)[:room].decode('utf-8', 'ignore')}{mark}{suffix}"
+    return f"{folder}/{name}" if folder else name
 
 
 def write_index(workdir: Path, rows: list[Translation], directions: list[str]) -> None:

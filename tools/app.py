@@ -18,7 +18,7 @@ import torch
 
 import datasets
 import utils
-from lib import metrics
+from lib import formats, metrics
 from lib import translation as tr
 from models import load_generator
 from utils import UserError
@@ -119,8 +119,8 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             change = datasets.to_rgb(metrics.change(fake, source)) if same else None
             cycle = back.exists() and back != weights
             with tempfile.TemporaryDirectory() as folder:  # Gradio keeps its own copy
-                result = Path(folder) / f"{path.stem}_{way}{tr.file_suffix(fake.shape[2])}"
-                tr.save_array(result, fake)
+                result = Path(folder) / f"{path.stem}_{way}{formats.file_suffix(fake.shape[2])}"
+                formats.save_array(result, fake)
                 button = gr.DownloadButton(value=result, interactive=True)
                 status = note + ", translating back ..." * cycle
                 yield datasets.to_rgb(fake), None, change, button, status
