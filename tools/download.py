@@ -41,9 +41,9 @@ summer2winter_yosemite 132640856 167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1b
 ukiyoe2photo 292946532 02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08
 vangogh2photo 306590349 362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff
 """
-DATASETS = {
-    name: (int(size), digest)  # bytes and SHA-256 of NAME.zip
-    for name, size, digest in (row.split() for row in KNOWN_SETS.split("\n") if row)
+DATASETS = {  # bytes and SHA-256 of NAME.zip
+    name: (int(size), digest)
+    for name, size, digest in (row.split() for row in KNOWN_SETS.strip().split("\n"))
 }
 PUBLISHED = """
 apple2orange orange2apple summer2winter_yosemite winter2summer_yosemite horse2zebra zebra2horse
@@ -52,7 +52,7 @@ cityscapes_photo2label cityscapes_label2photo facades_photo2label facades_label2
 """
 WEIGHTS = PUBLISHED.split()
 
-TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # connections; seconds before the second; without an answer
+TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # connections; seconds before the second, to wait for data
 CHUNK = 1 << 16  # bytes read at a time: the most that a broken connection loses
 MAX_FILES, MAX_BYTES, MAX_RATIO = 100_000, 20 << 30, 50  # an archive beyond these is a bomb
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError)
@@ -65,18 +65,18 @@ FIRST_BYTES = {  # how a file of each kind begins
 # Downloading
 
 
-def fetch(url: str, part: Path, kind: str) -> None:
-    """Download url to the file `part`, resuming what an earlier run or try began.
+def fetch(url: str, folder: Path, kind: str) -> Path:
+    """Download url to a file NAME.part, resuming what an earlier run or try began; returns it.
 
     Raises UserError: no answer, an error from the server, not a `kind`, or a full disk.
     """
-    utils.make_folder(part.parent)
+    part = utils.make_folder(folder) / (url.rpartition("/")[2] + ".part")
     for attempt in range(TRIES):
         if attempt:
             time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
             if fetch_rest(url, part, kind):
-                return
+                return part
             problem = "the connection broke off"
         except urllib.error.HTTPError as error:
             problem = f"the server says {error.code} {error.reason}"
@@ -93,7 +93,7 @@ def fetch(url: str, part: Path, kind: str) -> None:
 
 
 def fetch_rest(url: str, part: Path, kind: str) -> bool:
-    """Append to `part` what one connection gives; returns whether the file is complete."""
+    """Append to `part` what one connection sends; returns whether the file is complete."""
     version_file = part.with_name(part.name + ".version")  # length and tag of the whole file
     start = part.stat().st_size if part.exists() and version_file.exists() else 0
     version = version_file.read_text() if start else ""
@@ -142,16 +142,20 @@ def check_first_bytes(head: bytes, source: str | Path, kind: str) -> None:
 
 
 def has_known_sum(archive: Path, name: str, strict: bool) -> bool:
-    """Whether the archive has the expected SHA-256; warns if not, with strict a UserError."""
+    """Return whether a set's zip has the expected SHA-256; if not, warn, or fail if strict."""
     known, digest = DATASETS[name][1], hashlib.sha256()
-    with open(archive, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with open(archive, "rb") as file:
+            check_first_bytes(file.peek(512), archive, "zip archive")
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"cannot read {archive} ({error.strerror})") from error
     if digest.hexdigest() == known:
         return True
     problem = (
-        f"{name}.zip has SHA-256 {digest.hexdigest()}, expected is {known}: the server may have "
-        "repacked it, or somebody changed it"
+        f"{name}.zip has SHA-256 {digest.hexdigest()}, but {known} is expected: the server may "
+        "have repacked it, or somebody changed it"
     )
     if strict:
         raise UserError(f"{problem} (refused because of --strict)")
@@ -194,7 +198,7 @@ def unzip(archive: Path, target: Path) -> None:
 def safe_path(member: zipfile.ZipInfo, archive: Path, name: str) -> PurePosixPath:
     """A member's path within the set's folder; UserError if it is not a plain file inside."""
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    windows = PureWindowsPath(str(path))  # recognises drive letters; other colons are allowed
+    windows = PureWindowsPath(str(path))  # recognizes drive letters; other colons are allowed
     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if not recorded
     problem = None
     if path.is_absolute() or windows.drive or ".." in path.parts:
@@ -232,11 +236,49 @@ def main(args: argparse.Namespace) -> None:
     if args.mirror and not re.match("https?://", args.mirror):
         raise UserError(f"--mirror {args.mirror} must start with http:// or https://")
     if args.weights:
-        get_weights(args.weights, args)
+        target = args.workdir / "models" / f"{args.weights}.pth"
+        if is_wanted(args.weights, WEIGHTS, target):
+            server = (args.mirror or f"{SERVER}/pretrained_models").rstrip("/")
+            part = fetch(f"{server}/{target.name}", target.parent, "PyTorch checkpoint")
+            with utils.writing(target):
+                os.replace(part, target)
+            discard(part)
+            print(f"{target} is ready: python test.py --weights {target} --input FOLDER")
     if args.name:
-        get_dataset(args.name, args)
+        target = args.workdir / "dataset" / args.name
+        if is_wanted(args.name, ["demo", *DATASETS], target):
+            get_dataset(args.name, target, args)
+            print(f"{target} is ready: python train.py --dataroot {target}")
     if not args.name and not args.weights:
         list_names()
+
+
+def is_wanted(name: str, names: list[str], target: Path) -> bool:
+    """Return whether a name is known, else raise UserError, and `target` is not there yet."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{name} is not a known name: {hint}python -m tools.download lists them")
+    if there := target.is_file() or (target.is_dir() and any(target.iterdir())):
+        print(f"{target} already exists; delete it to download it again")
+    return not there
+
+
+def get_dataset(name: str, target: Path, args: argparse.Namespace) -> None:
+    """Draw, or download and unpack, a data set as the folder `target`."""
+    if name == "demo":
+        return draw_demo(target)
+    server, known = (args.mirror or f"{SERVER}/datasets").rstrip("/"), False
+    archive = args.zip or fetch(f"{server}/{name}.zip", target.parent, "zip archive")
+    try:
+        known = has_known_sum(archive, name, args.strict)
+        unzip(archive, target)
+    except UserError:
+        if not args.zip and not known:  # a good file is kept for when the disk has space again
+            discard(archive)
+        raise
+    if not args.zip:
+        discard(archive)
 
 
 def list_names() -> None:
@@ -246,62 +288,6 @@ def list_names() -> None:
         print(f"  {name:24}{f'{size / 1e6:.0f} MB' if size else 'size not known'}")
     print("weights (python -m tools.download --weights NAME), about 46 MB each:")
     print(*(f"  {name}" for name in WEIGHTS), sep="\n")
-
-
-def check_name(name: str, names: list[str]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{name} is not a known name: {hint}python -m tools.download lists them")
-
-
-def get_dataset(name: str, args: argparse.Namespace) -> None:
-    """Draw, download or unpack a set into <workdir>/dataset/<name>, unless it exists."""
-    check_name(name, ["demo", *DATASETS])
-    target = args.workdir / "dataset" / name
-    part = target.with_name(f"{name}.zip.part")
-    if target.is_dir() and any(target.iterdir()):
-        print(f"{target} already exists; delete it to download it again")
-        return
-    if name == "demo":
-        draw_demo(target)
-    elif args.zip:
-        try:
-            with open(args.zip, "rb") as file:
-                check_first_bytes(file.read(512), args.zip, "zip archive")
-        except OSError as error:
-            raise UserError(f"cannot read {args.zip} ({error.strerror})") from error
-        has_known_sum(args.zip, name, args.strict)
-        unzip(args.zip, target)
-    else:
-        server = (args.mirror or f"{SERVER}/datasets").rstrip("/")
-        fetch(f"{server}/{name}.zip", part, "zip archive")
-        known = False
-        try:
-            known = has_known_sum(part, name, args.strict)
-            unzip(part, target)
-        except UserError:
-            if not known:  # a good file is kept for when the disk has space again
-                discard(part)
-            raise
-        discard(part)
-    print(f"{target} is ready: python train.py --dataroot {target}")
-
-
-def get_weights(name: str, args: argparse.Namespace) -> None:
-    """Download a published generator into <workdir>/models/<name>.pth, unless it exists."""
-    check_name(name, WEIGHTS)
-    target = args.workdir / "models" / f"{name}.pth"
-    if target.exists():
-        print(f"{target} already exists; delete it to download it again")
-        return
-    part = target.with_name(f"{name}.pth.part")
-    server = (args.mirror or f"{SERVER}/pretrained_models").rstrip("/")
-    fetch(f"{server}/{name}.pth", part, "PyTorch checkpoint")
-    with utils.writing(target):
-        os.replace(part, target)
-    discard(part)
-    print(f"{target} is ready: python test.py --weights {target} --input FOLDER")
 
 
 if __name__ == "__main__":

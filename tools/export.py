@@ -21,8 +21,10 @@ from lib import translation as tr
 from models import load_generator
 from utils import UserError
 
-TOLERANCE = 1e-3  # largest difference from PyTorch that is accepted, of values in [-1, 1]
-TOLERANCE_FP16 = 5e-2  # float16 has eleven bits, and rounding errors of many layers add up
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# largest accepted difference from PyTorch, of values in [-1, 1], by --fp16: float16 has eleven
+# bits, and rounding errors of many layers add up
+TOLERANCE = {False: 1e-3, True: 5e-2}
 
 
 class Half(nn.Module):
@@ -81,12 +83,11 @@ def largest_difference(net: nn.Module, content: bytes) -> float:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator, worst = torch.Generator().manual_seed(0), 0.0
     m, n = net.multiple, smallest(net.multiple)
-    for shape in ((1, n, n), (2, n, 2 * n), (1, n + 3 * m, n + m)):
-        x = torch.rand(shape[0], net.input_nc, *shape[1:], generator=generator) * 2 - 1
-        with torch.no_grad():
-            expected = net(x)
+    for batch, height, width in ((1, n, n), (2, n, 2 * n), (1, n + 3 * m, n + m)):
+        x = torch.rand(batch, net.input_nc, height, width, generator=generator) * 2 - 1
         (got,) = session.run(None, {"input": x.numpy()})
-        worst = max(worst, float((torch.from_numpy(got) - expected).abs().max()))
+        with torch.no_grad():
+            worst = max(worst, float((torch.from_numpy(got) - net(x)).abs().max()))
     return worst
 
 
@@ -96,17 +97,15 @@ def export(weights: Path, output: Path, fp16: bool, ranges: tuple = (None, None)
     Raises:
         UserError: a package is missing, or it differs by too much; nothing is written then.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"export.py needs {package}: pip install onnx onnxscript onnxruntime")
+            raise UserError(f"export.py needs {package}: pip install {' '.join(PACKAGES)}")
     content = to_onnx(load_generator(weights), fp16, ranges)
     worst = largest_difference(load_generator(weights), content)  # Half changed the first
-    allowed = TOLERANCE_FP16 if fp16 else TOLERANCE
-    if not worst <= allowed:  # nan is not either
-        advice = "leave out --fp16" if fp16 else "another version of torch or onnxruntime may do"
+    if not worst <= TOLERANCE[fp16]:  # nan is not either
         raise UserError(
             f"{output} is not written: it differs from PyTorch by {worst:.1e}, more than the "
-            f"{allowed:.0e} allowed ({advice})"
+            f"{TOLERANCE[fp16]:.0e} allowed (leave out --fp16, or try another onnxruntime)"
         )
     with utils.atomic_write(output) as file:
         file.write(content)
@@ -125,23 +124,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     ending = "_fp16.onnx" if args.fp16 else ".onnx"
+    models = args.models or args.workdir / "models"
     if args.weights:
-        output = args.output or args.weights.with_name(args.weights.stem + ending)
-        if args.weights.suffix == ".onnx" or output.suffix != ".onnx":
-            raise UserError(f"cannot export {args.weights} to {output}: give a .pth, and get .onnx")
-        jobs = [(args.weights, output)]
+        jobs = {args.weights: args.output or args.weights.with_name(args.weights.stem + ending)}
     elif args.output:
         raise UserError("--output names one file: give --weights FILE too")
     else:
-        models = args.models or args.workdir / "models"
         names = ("netG_A2B", "netG_B2A")
-        jobs = [
-            (tr.find_weights(models, name, args.last), models / (name + ending)) for name in names
-        ]
-        jobs = [job for job in jobs if job[0].exists()]  # a run of one direction is fine
+        jobs = {tr.find_weights(models, n, args.last): models / (n + ending) for n in names}
+        jobs = {weights: jobs[weights] for weights in jobs if weights.exists()}  # one is fine
         if not jobs:
             raise UserError(f"{models} holds no generator: train first, or name --models")
-    for weights, output in jobs:
+    for weights, output in jobs.items():
+        if weights.suffix == ".onnx" or output.suffix != ".onnx":
+            raise UserError(f"cannot export {weights} to {output}: give a .pth, and get .onnx")
         direction = "B2A" if "B2A" in weights.name else "A2B"
         ranges = tr.find_ranges(tr.read_options(weights.parent), direction)
         worst = export(weights, output, args.fp16, ranges)

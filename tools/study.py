@@ -25,7 +25,7 @@ import torch
 import test
 import train
 import utils
-from lib import logger, validation
+from lib import checkpoint, logger, validation
 from lib import translation as tr
 from models import load_generator
 from tools import evaluate
@@ -83,8 +83,8 @@ def run_once(folder: Path, name: str, command: str, seed: int, kid: bool) -> Non
 def keep_epoch(model, log, epoch: int, best: float | None, evaluate=train.evaluate) -> float:
     """Do what train.py does every `--eval_every` epochs, and keep the generators."""
     folder = utils.make_folder(model.args.workdir / "models" / "epochs" / f"{epoch:04d}")
-    for name, net in model.best_generators().items():
-        utils.save_tensors(folder / f"{name}.pth", net.state_dict())
+    weights = {name: net.state_dict() for name, net in model.best_generators().items()}
+    checkpoint.export(folder, weights, model.args.options)
     return evaluate(model, log, epoch, best)
 
 
@@ -98,11 +98,10 @@ def pick_oracle(models: Path, options: dict) -> None:
     device, dtype, _, _ = utils.setup(argparse.Namespace(**options))
     scores, oracle = {}, models / "oracle"
     for epoch in (models / "epochs").glob("*") if all(pairs.values()) else []:
-        nets = {path.stem: load_generator(path, device) for path in epoch.iterdir()}
+        nets = {path.stem: load_generator(path, device) for path in epoch.glob("*.pth")}
         _, scores[epoch] = validation.measure(nets, pairs, options, device, dtype)
     if scores and not oracle.exists():
         os.replace(min(scores, key=scores.get), oracle)
-        shutil.copy(models / "options.json", oracle)
     shutil.rmtree(models / "epochs", ignore_errors=True)
 
 

@@ -107,14 +107,13 @@ def test_the_oracle_is_the_epoch_of_the_least_error(dataroot, tmp_path, monkeypa
             path = tmp_path / "epochs" / f"{epoch:04d}" / f"{name}.pth"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(net.state_dict(), path)
-    (tmp_path / "options.json").write_text("{}")
     monkeypatch.setattr(study.validation, "measure", measure)
     study.pick_oracle(tmp_path, options)
     names = {way: ["0.png", "1.png"] for way in ("A2B", "B2A")}
     assert sorted(seen) == [(value, names) for value in (1.0, 2.0, 3.0)]
     bias = torch.load(tmp_path / "oracle" / "netG_A2B.pth", weights_only=True)["model.1.bias"]
     assert bias[0] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"oracle", "options.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"oracle"}
 
 
 def test_a_failed_run_is_reported(tmp_path):
