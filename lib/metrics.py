@@ -1,4 +1,4 @@
-"""Measures of pictures, as functions of arrays and tensors. Errors are in grey levels, of 255."""
+"""Measures of pictures, as functions of arrays and tensors. Errors are in gray levels, of 255."""
 
 from collections.abc import Sequence
 

@@ -76,7 +76,7 @@ def draw_scene(seed: list[int], fruit: str, pores: np.ndarray, size: int = 128) 
 def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
     """Paint one fruit onto picture (S, S, 3).
 
-    disc is (x, y, radius) in pixels; light a direction; ground the colour below, (3,); chance ten
+    disc is (x, y, radius) in pixels; light a direction; ground the color below, (3,); chance ten
     numbers in [0, 1) that are all that is particular about this fruit.
     """
     size, (cx, cy, r) = len(picture), disc
@@ -87,7 +87,7 @@ def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
     x, y = np.meshgrid((xs - cx) / r, (ys - cy) / r)  # (H, W); the fruit is the unit disc
     sharp = SUPERSAMPLE * r  # every outline is one sample soft
 
-    lean, ripe = 0.9 * (chance[0] - 0.5), chance[2]  # one ripeness sets both fruits' colours
+    lean, ripe = 0.9 * (chance[0] - 0.5), chance[2]  # one ripeness sets both fruits' colors
     pole = unit(lean, -0.8, 0.35 + 0.5 * chance[1])  # where the stem is
     near = (x**2 + y**2 < 1.1) | ((x - pole[0]) ** 2 + (y - pole[1]) ** 2 < LEAF_REACH**2)
     x, y = x[near], y[near]  # (N,): only what can be covered is worked out
@@ -105,8 +105,8 @@ def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
         streak = np.clip(0.5 + 0.13 * sum(waves), 0, 1)
         yellow = np.exp(-((angle / (0.7 - 0.25 * ripe)) ** 2)) * (0.3 + 0.6 * streak)
         yellow += (0.18 - 0.13 * ripe) * streak * (0.3 + 0.7 * np.sin(angle))
-        red = colour_of(0.52 - 0.2 * ripe, 0.016 - 0.008 * ripe, 0.016)
-        skin = mix(red, colour_of(0.8, 0.5 - 0.12 * ripe, 0.07), np.clip(0.9 * yellow, 0, 1))
+        red = color_of(0.52 - 0.2 * ripe, 0.016 - 0.008 * ripe, 0.016)
+        skin = mix(red, color_of(0.8, 0.5 - 0.12 * ripe, 0.07), np.clip(0.9 * yellow, 0, 1))
         skin *= 1 - 0.75 * np.exp(-((angle / 0.17) ** 2))  # dark at the dimple's bottom
         gloss, shine, sheen = 0.9, 90, 0.12
     else:
@@ -117,10 +117,10 @@ def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
         normal[:2] -= 0.1 * pores[:, v, u]
         rays = np.cos(5 * turn + 6.3 * chance[3])
         star = np.exp(-((angle / 0.3) ** 2)) * (0.5 + 0.5 * rays)
-        skin = colour_of(0.95, 0.4 - 0.17 * ripe, 0.012) * (1 - 0.4 * star)
-        skin = mix(skin, colour_of(0.75, 0.5, 0.06), 0.35 * np.exp(-((angle / 0.35) ** 2)))
+        skin = color_of(0.95, 0.4 - 0.17 * ripe, 0.012) * (1 - 0.4 * star)
+        skin = mix(skin, color_of(0.75, 0.5, 0.06), 0.35 * np.exp(-((angle / 0.35) ** 2)))
         navel = (0.13 + 0.03 * rays - angle) * sharp + 0.5
-        skin = mix(skin, colour_of(0.16, 0.2, 0.05), np.clip(navel, 0, 1))
+        skin = mix(skin, color_of(0.16, 0.2, 0.05), np.clip(navel, 0, 1))
         gloss, shine, sheen = 0.22, 22, 0.05
     normal /= np.sqrt((normal**2).sum(0))
 
@@ -129,10 +129,10 @@ def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
     up = 0.5 - 0.5 * normal[1]
     open_sky = 1 - 0.6 * np.clip((y - 0.45) / 0.55, 0, 1) ** 2  # less near the ground
     glare = unit(light[0], light[1], light[2] + 1) @ normal - 1  # 0 where the lamp is mirrored
-    colour = skin * (1.05 * lamp + 0.3 * up * open_sky)
-    colour += skin * (0.3 * ground[:, None]) * ((1 - up) * open_sky)
+    color = skin * (1.05 * lamp + 0.3 * up * open_sky)
+    color += skin * (0.3 * ground[:, None]) * ((1 - up) * open_sky)
     rim = sheen * (1 - z) ** 2 * (1 - z) * open_sky
-    colour += gloss * np.exp(shine * glare) + 0.5 * sheen * np.exp(9 * glare) + rim
+    color += gloss * np.exp(shine * glare) + 0.5 * sheen * np.exp(9 * glare) + rim
     alpha = np.clip((1 - radius) * sharp + 0.5, 0, 1)
 
     def strip(direction: float, length: float, bend: float) -> tuple[np.ndarray, np.ndarray]:
@@ -149,22 +149,22 @@ def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
         lit = 0.55 + 0.5 * np.clip(0.5 + 2.2 * beside * np.sign(light[0]), 0, 1)
         ribs = 0.4 * np.exp(2 * np.cos(68 * (along - 1.2 * np.abs(beside))) - 2)
         lit *= 1.1 + 0.45 * (np.exp(-((beside / 0.018) ** 2)) + ribs)
-        parts.append((colour_of(0.07, 0.22 + 0.08 * chance[8], 0.03), along, beside, half, lit))
+        parts.append((color_of(0.07, 0.22 + 0.08 * chance[8], 0.03), along, beside, half, lit))
     if fruit == "apple":
         along, beside = strip(0.8 * lean, 0.5, 0.2 * (chance[9] - 0.5))
         half = 0.045 + 0.03 * np.clip(along, 0, 1) ** 2
         lit = 0.9 + 0.45 * np.clip(beside / half * np.sign(light[0]), -1, 1)
-        parts.append((colour_of(0.2, 0.11, 0.045), along, beside, half, lit))
+        parts.append((color_of(0.2, 0.11, 0.045), along, beside, half, lit))
     for tone, along, beside, half, lit in parts:
         cover = np.clip((half - np.abs(beside)) * sharp + 0.5, 0, 1)
         cover *= np.clip(along * sharp, 0, 1) * np.clip((1 - along) * sharp * 0.5, 0, 1)
-        colour, alpha = mix(colour, tone * lit, cover), np.maximum(alpha, cover)
+        color, alpha = mix(color, tone * lit, cover), np.maximum(alpha, cover)
 
     layer = np.zeros((4, *near.shape), np.float32)
-    layer[:, near] = np.concatenate((colour * alpha, alpha[None]))
+    layer[:, near] = np.concatenate((color * alpha, alpha[None]))
     height, width = bottom - top, right - left
     layer = layer.reshape(4, height, SUPERSAMPLE, width, SUPERSAMPLE).mean((2, 4))
-    layer = layer.transpose(1, 2, 0)  # (h, w, 4): colour times cover, cover
+    layer = layer.transpose(1, 2, 0)  # (h, w, 4): color times cover, cover
     under = picture[top:bottom, left:right]
     under *= 1 - layer[..., 3:]
     under += layer[..., :3]
@@ -187,8 +187,8 @@ def unit(*values: float) -> np.ndarray:
     return vector(*values) / np.linalg.norm(values)
 
 
-def colour_of(red: float, green: float, blue: float) -> np.ndarray:
-    """A colour in linear light that broadcasts over samples, (3, 1)."""
+def color_of(red: float, green: float, blue: float) -> np.ndarray:
+    """A color in linear light that broadcasts over samples, (3, 1)."""
     return vector(red, green, blue)[:, None]
 
 

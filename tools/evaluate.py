@@ -30,7 +30,7 @@ N_TRAIN = 500  # training pictures that stand for all, at most
 
 
 def load_rgb(path: Path | str, channels: int, size: tuple[int, int] | None) -> np.ndarray:
-    """Return a picture as (H, W, 3) uint8: grey is repeated, of more channels three are taken.
+    """Return a picture as (H, W, 3) uint8: gray is repeated, of more channels three are taken.
 
     Raises:
         UnreadableImage: see datasets.load_image.

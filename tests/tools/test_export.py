@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def save(net: torch.nn.Module, path: Path) -> Path:
-    """Weights large enough that the output is no uniform grey."""
+    """Weights large enough that the output is no uniform gray."""
     torch.manual_seed(len(path.name))
     torch.save(init_weights(net, init_gain=0.1).state_dict(), path)
     return path
