@@ -83,7 +83,7 @@ def translate_rows(
 
 
 def print_errors(direction: str, sums: np.ndarray) -> None:
-    """Print the error vs. ground truth, from `metrics.file_error_sums`, if a truth is known."""
+    """Print the error vs. ground truth, from `metrics.error_sums`, if a truth is known."""
     found, identity = map(metrics.masked_errors, sums)
     words = {"mae": "whole picture", "changed": "where they differ", "kept": "elsewhere"}
     parts = [f"{words[k]} {found[k]:.2f} (identity {identity[k]:.2f})" for k in found]

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from utils import UserError, atomic_write
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
-UNITS = (".npy", ".tif", ".tiff", ".nii", ".nii.gz", ".dcm")  # what may hold more than grey levels
+UNITS = (".npy", ".tif", ".tiff", ".nii", ".nii.gz", ".dcm")  # what may hold more than gray levels
 FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 TOO_LARGE = "over Pillow's size limit (test.py --max_pixels N raises it, for files you trust)"
 PILLOW = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # whatever the extension says
@@ -41,7 +41,7 @@ class UnreadableImage(Exception):
 class Pictures:
     """The pictures of one file, or of a DICOM series; decoded one at a time by `pictures[i]`.
 
-    A picture is (H, W, C) in the file's units (grey levels, Hounsfield units, reflectance), NaN
+    A picture is (H, W, C) in the file's units (gray levels, Hounsfield units, reflectance), NaN
     where a file says that it has no data. `limits` are the smallest and the largest value that an
     integer type holds, in the same units; None for floats, which have none. `slope` and
     `intercept` turn a stored number of type `dtype` into units.
@@ -105,7 +105,10 @@ def check_size(height: int, width: int, channels: int, wanted: int) -> None:
         raise UnreadableImage(f"{width}x{height} pixels of {channels} channels are too many")
 
 
-def integer_limits(dtype: np.dtype, slope: float, intercept: float) -> tuple[float, float] | None:
+def integer_limits(
+    dtype: np.dtype, slope: float = 1.0, intercept: float = 0.0
+) -> tuple[float, float] | None:
+    """The smallest and the largest value of an integer type, in units; None for floats."""
     if dtype.kind not in "iu":
         return None
     ends = [v * slope + intercept for v in (np.iinfo(dtype).min, np.iinfo(dtype).max)]
@@ -151,14 +154,15 @@ def ask_for_range(path: Path) -> UserError:
         with contextlib.suppress(UnreadableImage):
             source = read(sample)
             for i in range(0, len(source), -(-len(source) // 4)):
-                picture = source[i][np.isfinite(source[i])]
+                picture = source[i]
+                picture = picture[np.isfinite(picture)]
                 if picture.size:
                     values.append(np.quantile(picture, np.linspace(0, 1, 2001)))
-    low, *percentiles, high = np.percentile(values or [0], (0, 0.5, 99.5, 100))
+    least, low, high, most = np.percentile(values or [0], (0, 0.5, 99.5, 100))
     return UserError(
         f"{path} holds floats: say with --range_A LO HI, or --range_B for domain B, which of them "
-        f"become black and white (in {path.parent}: minimum {low:.4g}, maximum {high:.4g}, "
-        "percentiles 0.5 and 99.5: {:.4g} and {:.4g})".format(*percentiles)
+        f"become black and white (in {path.parent}: minimum {least:.4g}, maximum {most:.4g}, "
+        f"percentiles 0.5 and 99.5: {low:.4g} and {high:.4g})"
     )
 
 
@@ -184,7 +188,11 @@ def pick_type(
 
 
 def to_stored(
-    picture: np.ndarray, dtype: np.dtype, slope: float, intercept: float, nodata: float | None
+    picture: np.ndarray,
+    dtype: np.dtype,
+    slope: float = 1.0,
+    intercept: float = 0.0,
+    nodata: float | None = None,
 ) -> np.ndarray:
     """Values in units as a file stores them: rounded and clipped for integers, NaN as `nodata`."""
     missing = np.isnan(picture)
@@ -200,14 +208,14 @@ def to_stored(
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures of 8 bits, 16 bits of grey, and .npy arrays
+# Pictures of 8 bits, 16 bits of gray, and .npy arrays
 
 
 def read_picture(paths: list[Path], channels: int, axis: int) -> Pictures:
     """A file of one picture, uint8, or uint16 if `channels` is 1 and the file is.
 
-    1 channel is grey, 3 are RGB, 4 RGBA. EXIF orientation is applied, alpha composited over white;
-    grey, palette, CMYK and 16-bit files are converted. Any other number of channels is read from
+    1 channel is gray, 3 are RGB, 4 RGBA. EXIF orientation is applied, alpha composited over white;
+    gray, palette, CMYK and 16-bit files are converted. Any other number of channels is read from
     .npy files of shape (H, W, channels): uint8, uint16, or floats, as float32.
     """
     (path,), channels = paths, channels or 3
@@ -219,7 +227,7 @@ def read_picture(paths: list[Path], channels: int, axis: int) -> Pictures:
                 raise ValueError(f"{image.width}x{image.height} is {TOO_LARGE}")
             ImageOps.exif_transpose(image, in_place=True)
             picture = convert(image, channels)
-    limits = integer_limits(picture.dtype, 1.0, 0.0)
+    limits = integer_limits(picture.dtype)
     return Pictures(paths, 1, picture.dtype, lambda i: picture, limits)
 
 
@@ -234,7 +242,7 @@ def check_array(picture: np.ndarray, channels: int) -> np.ndarray:
         return np.array(picture, np.float32)
     if picture.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"it holds {picture.dtype}, not uint8, uint16 or floats")
-    if picture.dtype == np.uint16 and channels in (3, 4):  # as from any other file in colour
+    if picture.dtype == np.uint16 and channels in (3, 4):  # as from any other file in color
         return (picture >> 8).astype(np.uint8)
     return np.array(picture, picture.dtype.newbyteorder("="))
 
@@ -246,13 +254,13 @@ def convert(image: Image.Image, channels: int) -> np.ndarray:
         raise ValueError(f"only .npy files can have {channels} channels")
     if image.mode == "F":
         raise ValueError("it holds floating-point values: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 or 32 bits of grey
-        grey = np.asarray(image)  # (H, W)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"its values, {grey.min()} to {grey.max()}, do not fit 16 bits")
+    if image.mode.startswith("I"):  # 16 or 32 bits of gray
+        gray = np.asarray(image)  # (H, W)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"its values, {gray.min()} to {gray.max()}, do not fit 16 bits")
         if channels == 1:
-            return grey.astype(np.uint16)[..., None]
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
+            return gray.astype(np.uint16)[..., None]
+        image = Image.fromarray((gray >> 8).astype(np.uint8))
     if image.has_transparency_data and channels != 4:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -265,10 +273,10 @@ def convert(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def write_picture(paths, source: Pictures, pictures: Iterator, limits, note: str) -> None:
-    """A PNG (8 bits, or 16 of grey) or .npy file of the values."""
+    """A PNG (8 bits, or 16 of gray) or .npy file of the values."""
     (picture,) = pictures
     dtype, _, _ = pick_type(source, limits)
-    stored = to_stored(picture, dtype, 1.0, 0.0, None)
+    stored = to_stored(picture, dtype)
     png = dtype == np.uint8 or (dtype == np.uint16 and stored.shape[2] == 1)
     if paths[0].suffix == ".png" and not png:
         raise UserError(
@@ -338,7 +346,7 @@ def write_nifti(paths, source: Pictures, pictures: Iterator, limits, note: str) 
     dtype, slope, intercept = pick_type(source, limits)
     volume = None
     for i, picture in enumerate(pictures):
-        plane = np.rot90(to_stored(picture, dtype, slope, intercept, None), -1)
+        plane = np.rot90(to_stored(picture, dtype, slope, intercept), -1)
         if volume is None:
             shape = (*source.geometry["shape"][:3], plane.shape[2])
             volume = np.zeros(shape, dtype)
@@ -490,9 +498,9 @@ def derive(origin: Path, frames: np.ndarray, limits, note: str):
     pydicom = need("pydicom", "DICOM")
     dataset = read_header(origin)
     if frames.shape[3] == 1:
-        stored, photometric, bits = store_grey(dataset, frames[..., 0], limits)
+        stored, photometric, bits = store_gray(dataset, frames[..., 0], limits)
     else:
-        stored, photometric, bits = to_stored(frames, np.dtype(np.uint8), 1, 0, None), "RGB", 8
+        stored, photometric, bits = to_stored(frames, np.dtype(np.uint8)), "RGB", 8
     old_series, old_instance = dataset.get("SeriesInstanceUID", ""), dataset.get("SOPInstanceUID")
     dataset.set_pixel_data(
         stored if len(stored) > 1 else stored[0], photometric, bits, generate_instance_uid=False
@@ -516,7 +524,7 @@ def derive(origin: Path, frames: np.ndarray, limits, note: str):
     return dataset
 
 
-def store_grey(dataset, values: np.ndarray, limits) -> tuple[np.ndarray, str, int]:
+def store_gray(dataset, values: np.ndarray, limits) -> tuple[np.ndarray, str, int]:
     """Values (N, H, W) in units as stored numbers, photometric interpretation and BitsStored.
 
     The dataset's slope and intercept stay where they hold the range `limits`; else they are set.
@@ -532,7 +540,7 @@ def store_grey(dataset, values: np.ndarray, limits) -> tuple[np.ndarray, str, in
         dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
         dataset.RescaleType = "US"  # unspecified
         dataset.WindowCenter, dataset.WindowWidth = sum(wanted) / 2, wanted[1] - wanted[0]
-    stored = to_stored(values, np.dtype(np.int32), slope, intercept, None).clip(low, high)
+    stored = to_stored(values, np.dtype(np.int32), slope, intercept).clip(low, high)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         stored = (low + high) - stored
     padding = dataset.get("PixelPaddingValue")
@@ -550,7 +558,7 @@ GDAL |= {"GDAL_CACHEMAX": 64}  # MiB
 
 
 def is_raster(path: Path) -> bool:
-    """Whether a TIFF has coordinates, floats, or bands that are no colours."""
+    """Whether a TIFF has coordinates, floats, or bands that are no colors."""
     coordinates = {33550, 33922, 34264, 34735, 42113}  # tags of GeoTIFF, and of a nodata value
     try:
         with Image.open(path, formats=["TIFF"]) as image:
@@ -585,7 +593,7 @@ def read_tiff(paths: list[Path], channels: int, axis: int) -> Pictures:
         missing = picture == np.array([np.nan if v is None else v for v in nodata])
         return np.where(missing, np.nan, picture.astype(np.float32)) if missing.any() else picture
 
-    limits = integer_limits(dtype, 1.0, 0.0)
+    limits = integer_limits(dtype)
     return Pictures(paths, 1, dtype, get, limits, geometry=geometry)
 
 
@@ -620,7 +628,7 @@ def create_raster(
         profile |= {"dtype": dtype.name, "nodata": nodata, "tiled": height >= 512}
         profile |= {"crs": old.crs, "transform": old.transform, "compress": compress}
         with rasterio.open(file.name, "w", bigtiff="if_safer", **profile) as raster:
-            yield raster, lambda x: np.moveaxis(to_stored(x, dtype, 1.0, 0.0, nodata), 2, 0)
+            yield raster, lambda x: np.moveaxis(to_stored(x, dtype, nodata=nodata), 2, 0)
             raster.update_tags(**old.tags() | {"TIFFTAG_SOFTWARE": note})
             if old.gcps[0]:
                 raster.gcps = old.gcps
@@ -708,7 +716,7 @@ def write_film(paths, source: Film, pictures: Iterator, limits, note: str) -> No
         packets = copy_sound(target, sound)
         waiting = next(packets, None)  # adds the track, before the first frame is written
         for k, picture in enumerate(itertools.chain([first], pictures)):
-            pixels = to_stored(picture, np.dtype(np.uint8), 1.0, 0.0, None)
+            pixels = to_stored(picture, np.dtype(np.uint8))
             pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
             edge = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)]
             frame = av.VideoFrame.from_ndarray(np.pad(pixels, edge, "edge"), format="rgb24")
@@ -785,7 +793,7 @@ def read(paths: Path | list[Path], channels: int = 0, axis: int = -1) -> Picture
 
 
 def output_suffix(path: Path, channels: int, units: bool) -> str:
-    """The suffix of a translation of `path` with so many channels, in units or in grey levels."""
+    """The suffix of a translation of `path` with so many channels, in units or in gray levels."""
     suffix = suffix_of(path) if path.is_file() else ""  # a pipe would be waited for
     if suffix in (".nii", ".nii.gz", ".dcm"):
         return suffix

@@ -117,7 +117,6 @@ class Features:
     """What a layer reads: stored values, and the pointwise layers that are still to be applied."""
 
     stored: FeatureMap | Pictures
-    sums: torch.Tensor | None = None  # see `add_up`
     pointwise: list[Callable] = field(default_factory=list)
 
     def apply(self, tile: torch.Tensor) -> torch.Tensor:
@@ -144,9 +143,9 @@ def add_up(tile: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def make_norm(layer: nn.InstanceNorm2d, sums: torch.Tensor, n: int, device) -> Callable:
-    """The instance norm with the statistics of `n` pixels, given their `add_up`."""
-    mean, square = sums / n
+def make_norm(layer: nn.InstanceNorm2d, moments: torch.Tensor, device) -> Callable:
+    """The instance norm of pixels whose means of x and of its square are `moments`, (2, C)."""
+    mean, square = moments
     mean, var = (v.float().to(device) for v in (mean, square - mean**2))
     return lambda x: F.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps)
 
@@ -171,11 +170,11 @@ def translate_tiles(
     pictures = Pictures(sources, net.multiple)
     (count, _, width, _), layers = pictures.shape, net.model[:-1]
 
-    def sweep(inputs: list[Features], function: Callable, out, border=0, down=1, up=1, norm=False):
+    def sweep(inputs: list[Features], function: Callable, out, border=0, down=1, up=1, norm=None):
         """Write to `out` what `function` makes of the inputs' tiles, which have a border.
 
         `down` pixels of an input become `up` pixels of `out`. Threads read the next tile and write
-        the last one while this one is computed. `norm`: sum up for a norm that follows.
+        the last one while this one is computed. `norm` is the instance norm that follows.
         """
         h, w = (n // up for n in out.shape[1:3])
         # a tile holds as many values at every scale: fewer rows where there are more pixels
@@ -194,7 +193,7 @@ def translate_tiles(
             x0, x1 = max(0, x0 - border), min(x1 + border, right)
             return (y0, x0), [x.stored.read(n, (y0, y1, x0, x1)) for x in inputs]
 
-        sums, written = None, pool.submit(int)
+        sums, written = 0, pool.submit(int)
         ahead = pool.submit(load, *boxes[0])
         for i, (n, box) in enumerate(boxes):
             (top, left), tiles = ahead.result()
@@ -205,12 +204,13 @@ def translate_tiles(
             top, left = (up * v // down for v in (top, left))  # y begins there
             y = y[0, :, y0 - top : y1 - top, x0 - left : x1 - left].permute(1, 2, 0)
             if norm:
-                sums = add_up(y) if sums is None else sums + add_up(y)
+                sums = sums + add_up(y)
             written.result()  # so that there is never more than one tile to write
             written = pool.submit(out.write, n, (y0, y1, x0, x1), y)
             bar.update(1 / len(boxes))
         written.result()
-        return Features(out, sums)
+        pixels = count * out.shape[1] * out.shape[2]
+        return Features(out, [make_norm(norm, sums / pixels, device)] if norm else [])
 
     def new_map(h: int, w: int, channels: int) -> FeatureMap:
         return FeatureMap((count, h, w, channels), dtype or torch.float32, folder)
@@ -230,12 +230,10 @@ def translate_tiles(
                 # even, as for stride 2; the layers' own padding spoils less of it than is cropped
                 border = layer.kernel_size[0] // 2 + 1
                 out = new_map(h * up // down, w * up // down, layer.out_channels)
-                norm = isinstance(following, nn.InstanceNorm2d)
+                norm = following if isinstance(following, nn.InstanceNorm2d) else None
                 x = sweep([x], nn.Sequential(*core), out, border, down, up, norm)
                 core, out = [], None
-            elif isinstance(layer, nn.InstanceNorm2d):
-                x.pointwise.append(make_norm(layer, x.sums, count * h * w, device))
-            else:
+            elif not isinstance(layer, nn.InstanceNorm2d):
                 x.pointwise.append(layer)
         return x
 

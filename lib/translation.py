@@ -198,7 +198,7 @@ def translate_array(
     Raises:
         ValueError: floats and no `value_range`, or not the channels of the network.
     """
-    value_range = value_range or formats.integer_limits(array.dtype, 1.0, 0.0)
+    value_range = value_range or formats.integer_limits(array.dtype)
     if value_range is None or array.ndim != 3 or array.shape[2] != net.input_nc:
         raise ValueError(
             f"{array.dtype} of shape {array.shape}: give (H, W, {net.input_nc}), of floats with "
@@ -209,7 +209,7 @@ def translate_array(
     device = torch.device("cpu") if on_cpu else next(net.parameters()).device
     (y,) = translate_batch(net, [x], device, dtype, np.float32, tile=tile)
     values = formats.from_unit(y, target_range or value_range, array)
-    return formats.to_stored(values, array.dtype, 1.0, 0.0, None)
+    return formats.to_stored(values, array.dtype)
 
 
 def translate_batch(

@@ -265,14 +265,14 @@ def test_a_series_through_an_identity(tmp_path):
     assert len(series) == 1 and series != {"1.2.3.4"}
 
 
-@pytest.mark.parametrize("case", ["inverted", "signed", "colour", "frames", "packed", "table"])
+@pytest.mark.parametrize("case", ["inverted", "signed", "color", "frames", "packed", "table"])
 def test_kinds_of_dicom(case, tmp_path):
     kind, more, stored = "MONOCHROME2", {}, noise((6, 8), "uint16") % 4096
     if case == "inverted":
         kind, expected = "MONOCHROME1", 4095 - stored.astype(int)
     elif case == "signed":
         stored = expected = (stored.astype(np.int16) - 2048).astype(np.int16)
-    elif case == "colour":
+    elif case == "color":
         kind, stored = "RGB", noise((6, 8, 3), "uint8")
         expected = stored
     elif case == "frames":
@@ -390,7 +390,7 @@ def test_a_film_through_an_identity(name, options, tmp_path):
     path = save_film(tmp_path / name, frames, **options)
     source = identity(path, tmp_path / "out.mp4", 3)
     decoded = list(source)
-    loss, again_loss = (25, 12) if name == "a.gif" else (6, 4)  # 256 fixed colours; yuv420p
+    loss, again_loss = (25, 12) if name == "a.gif" else (6, 4)  # 256 fixed colors; yuv420p
     assert len(decoded) == 12 and abs(decoded[5].astype(int) - frames[5]).mean() < loss
     before, after = film_facts(path), film_facts(tmp_path / "out.mp4")
     assert (after["codec"], after["pixels"]) == ("h264", "yuv420p")
@@ -428,14 +428,14 @@ def test_odd_sizes_and_uneven_times(tmp_path):
 
 def originals(folder: Path) -> dict[str, list[Path]]:
     """Sound files of each format, stored in several ways."""
-    grey = noise((12, 16), "uint16") % 4096
+    gray = noise((12, 16), "uint16") % 4096
     files = {
         "nifti": [
             save_nifti(folder / "a.nii", noise((6, 9, 4), "int16"), 0.5, -100),
             save_nifti(folder / "b.nii.gz", noise((6, 9, 4), "float32")),
         ],
         "dicom": [
-            save_dicom(folder / "a.dcm", grey, RescaleSlope=2, RescaleIntercept=-1024),
+            save_dicom(folder / "a.dcm", gray, RescaleSlope=2, RescaleIntercept=-1024),
             save_dicom(folder / "b.dcm", noise((4, 6, 8), "uint8")),
             save_dicom(folder / "c.dcm", noise((6, 8, 3), "uint8"), kind="RGB"),
         ],
@@ -648,7 +648,7 @@ def test_the_script_through_an_identity(tmp_path, capsys):
     raster = noise((1, 20, 30), "uint16")
     raster[0, :5] = 0
     save_raster(source / "b.tif", raster, 0)
-    Image.fromarray(noise((9, 12), "uint8")).save(source / "grey.png")
+    Image.fromarray(noise((9, 12), "uint8")).save(source / "gray.png")
     (source / "cut.nii.gz").write_bytes((source / "a.nii.gz").read_bytes()[:200])
     (source / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM")
     out = translate(source, tmp_path / "run", 1, code=1)
@@ -663,7 +663,7 @@ def test_the_script_through_an_identity(tmp_path, capsys):
     with rasterio.open(out / "b.tif") as after:
         assert abs(after.read().astype(int) - raster).max() <= 1 and after.crs.to_epsg() == 32633
         assert (after.read() == 0).sum() == (raster == 0).sum()
-    assert np.array_equal(np.asarray(Image.open(out / "grey.png")), noise((9, 12), "uint8"))
+    assert np.array_equal(np.asarray(Image.open(out / "gray.png")), noise((9, 12), "uint8"))
     assert sorted(p.name for p in (tmp_path / "run" / "result").glob("A2B_*.png"))
 
 
