@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import csv
-import datetime
 import io
 import json
 import time
@@ -61,14 +60,13 @@ def write_report(workdir: Path) -> Path:
     headings = {way: f"{names[way[0]]} → {names[way[-1]]}" for way in ("A2B", "B2A")}
     parts = {
         "title": f"CycleGAN: {name}" if name else "CycleGAN",
-        "facts": find_facts(options, losses),
+        "options": dict(sorted(options.items())),
+        "last": dict(zip(losses[0], losses[-1], strict=True)) if len(losses) > 1 else {},
         "translations": {headings[way]: find_strips(workdir, way, options) for way in headings},
         "measures": {headings[way]: table for way, table in measures.items()},
         "noted": [noted[0], *noted[1:][-10:]] if len(noted) > 1 else [],
         "progress": find_progress(workdir / "images"),
         "curves": embed(workdir / "logs" / "losses.png", ""),
-        "losses": [losses[0], losses[-1]] if len(losses) > 1 else [],
-        "settings": {name: show(value) for name, value in sorted(options.items())},
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
@@ -82,23 +80,6 @@ def write_report(workdir: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------------
 # The parts of the page
-
-
-def find_facts(options: dict, losses: list[list[str]]) -> list[list[str]]:
-    """Return a table of what one wants to know first: how long was trained on what."""
-    facts = {}
-    if options:
-        size = options.get("size")
-        facts = {"size": f"{size} x {size}", "generator": show(options.get("netG"))}
-    if len(losses) > 1:
-        last = dict(zip(losses[0], losses[-1], strict=True))
-        of = f" of {options['n_epochs']}" if "n_epochs" in options else ""
-        facts["epochs"] = last.get("epoch", "?") + of
-        facts["iterations"] = last.get("iteration", "?")
-        with contextlib.suppress(ValueError, OverflowError):  # not a number
-            seconds = round(float(last.get("seconds", "")))
-            facts["time trained"] = str(datetime.timedelta(seconds=seconds))
-    return [list(facts), list(facts.values())] if facts else []
 
 
 def find_strips(workdir: Path, direction: str, options: dict) -> list[dict]:
@@ -184,12 +165,6 @@ def format_measures(measures: dict) -> dict[str, list[list[str]]]:
 
 # ------------------------------------------------------------------------------------------------
 # Reading the run
-
-
-def show(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    return str(value)
 
 
 def read_json(path: Path) -> dict:

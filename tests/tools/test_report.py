@@ -14,6 +14,7 @@ from PIL import Image
 from lib.translation import Translation, write_index
 from tools import report
 
+FACTS = "epoch 3 of 9, iteration 150, trained for\n125 minutes"
 SECTIONS = ["Translations of test pictures", "Measures", "Progress", "Losses", "Settings"]
 METRICS = {
     "A2B": {
@@ -100,11 +101,10 @@ def test_a_whole_page_that_needs_nothing_else(tmp_path):
     assert len(links) == 8 and all(link.startswith("data:image/") for link in links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "://" not in path.read_text() and "url(" not in path.read_text()
-    for text in ("CycleGAN: fruit", "64 x 64", "3 of 9", "2:05:00", "150", "0.25"):
+    for text in ("CycleGAN: fruit", "resnet_9blocks, 64 x 64", FACTS, "0.25"):
         assert text in page.texts
-    workers = page.texts.index("workers")
-    assert page.texts[workers + 1] == "0"  # and not "no", which is what False becomes
-    assert page.texts[page.texts.index("no_flip") + 1] == "no"
+    for name, value in (("workers", "0"), ("no_flip", "False")):
+        assert page.texts[page.texts.index(name) + 1] == value
     cells = ["50.0%", "25.0%", "62.5%", "0.01234 ± 0.00200", "0.10000 ± 0.00300", "298.50", "25.00"]
     assert [text for text in page.texts if text in cells] == cells
     assert page.texts.count("back again") == 4 and "ground truth" not in page.texts
