@@ -9,6 +9,7 @@ where it is used: nibabel, pydicom, rasterio, PyAV.
 import contextlib
 import functools
 import gzip
+import heapq
 import importlib
 import itertools
 import logging
@@ -30,7 +31,6 @@ FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 TOO_LARGE = "over Pillow's size limit (test.py --max_pixels N raises it, for files you trust)"
 PILLOW = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # whatever the extension says
 GZIP_RATIO = 1032  # deflate cannot do better: what a compressed header may promise at most
-PREAMBLE = 128  # bytes before the letters DICM
 
 
 class UnreadableImage(Exception):
@@ -344,13 +344,8 @@ def write_nifti(paths, source: Pictures, pictures: Iterator, limits, note: str) 
     """A volume with the source's affine and header, whichever way it was cut into slices."""
     image, axis = source.geometry["image"], source.geometry["axis"]
     dtype, slope, intercept = pick_type(source, limits)
-    volume = None
-    for i, picture in enumerate(pictures):
-        plane = np.rot90(to_stored(picture, dtype, slope, intercept), -1)
-        if volume is None:
-            shape = (*source.geometry["shape"][:3], plane.shape[2])
-            volume = np.zeros(shape, dtype)
-        volume[(*[slice(None)] * axis, i)] = plane
+    planes = [np.rot90(to_stored(p, dtype, slope, intercept), -1) for p in pictures]
+    volume = np.stack(planes, axis)
     same = volume.size == math.prod(source.geometry["shape"])
     volume = volume.reshape(image.shape if same else volume.shape)
     result = type(image)(volume, image.affine, image.header)
@@ -378,7 +373,7 @@ def is_dicom(path: Path) -> bool:
     if path.suffix[1:].isalpha() or not path.is_file():  # a pipe would be waited for
         return path.suffix.lower() == ".dcm"
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
+        return file.read(132)[128:] == b"DICM"
     return False
 
 
@@ -713,22 +708,21 @@ def write_film(paths, source: Film, pictures: Iterator, limits, note: str) -> No
         if source.geometry["aspect"]:
             stream.codec_context.sample_aspect_ratio = source.geometry["aspect"]  # of a pixel
         target.metadata["comment"] = note
-        packets = copy_sound(target, sound)
-        waiting = next(packets, None)  # adds the track, before the first frame is written
-        for k, picture in enumerate(itertools.chain([first], pictures)):
-            pixels = to_stored(picture, np.dtype(np.uint8))
-            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-            edge = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)]
-            frame = av.VideoFrame.from_ndarray(np.pad(pixels, edge, "edge"), format="rgb24")
-            frame.pts, frame.time_base = source.times[k], source.time_base
-            target.mux(stream.encode(frame))
-            while waiting is not None and waiting[0] <= frame.time:
-                target.mux(waiting[1])
-                waiting = next(packets, None)
-        target.mux(stream.encode())
-        while waiting is not None:
-            target.mux(waiting[1])
-            waiting = next(packets, None)
+
+        def encode() -> Iterator[tuple[float, list]]:
+            for k, picture in enumerate(itertools.chain([first], pictures)):
+                pixels = to_stored(picture, np.dtype(np.uint8))
+                pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+                edge = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)]
+                frame = av.VideoFrame.from_ndarray(np.pad(pixels, edge, "edge"), format="rgb24")
+                frame.pts, frame.time_base = source.times[k], source.time_base
+                yield frame.time, stream.encode(frame)
+            yield math.inf, stream.encode()  # what it still holds
+
+        # the sound first: its track must be there before the first frame is written
+        packets = heapq.merge(copy_sound(target, sound), encode(), key=lambda pair: pair[0])
+        for _, group in packets:
+            target.mux(group)
 
 
 def copy_sound(target, source) -> Iterator[tuple[float, object]]:

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--range_{domain}", help=text, **pair)
     text = "of volumes, across the slices (the run's, else the last)"
     group.add_argument("--axis", type=int, choices=[-1, 0, 1, 2], help=text)
-    text = "all slices of a volume share the statistics of instance norm (two passes)"
+    text = "all slices of a volume share the statistics of instance norm"
     group.add_argument("--volume_norm", action="store_true", help=text)
     text = "films: how much of these statistics is kept from frame to frame (0; try 0.9)"
     group.add_argument("--smooth", type=float, default=0.0, help=text)
