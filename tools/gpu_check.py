@@ -115,12 +115,8 @@ def check_steps(report: Report, device: torch.device) -> None:
         model = make_model(f"{SMALL} {options}", device, dtype, NHWC)
         if dtype == torch.float16:  # a scale at which no step is skipped
             model.scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
-        pair, losses, gradients = (
-            (model, make_model(f"{SMALL} {options}", CPU, layout=NCHW)),
-            [],
-            [],
-        )
-        for one in pair:
+        losses, gradients = [], []
+        for one in (model, make_model(f"{SMALL} {options}", CPU, layout=NCHW)):
             losses.append(take_steps(one, 1, n))
             gradients.append(moments(one, "exp_avg"))
             losses[-1] = torch.cat([losses[-1], take_steps(one, 4, n, first=1)])

@@ -4,7 +4,8 @@
 
 Each run is train.py, test.py and tools/evaluate.py, in its own process and its own folder under
 `study/`. The same command again continues: finished runs are kept, an unfinished one is resumed.
-The table holds every finished run in the folder.
+The table holds every finished run in the folder. A recipe with `--eval_every` also has rows of the
+epoch that it selects, and of the best one that it could have selected.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def pick_oracle(models: Path, options: dict) -> None:
     pairs = {way: [pair for pair in found if pair[1]] for way, found in pairs.items()}
     device, dtype, _, _ = utils.setup(argparse.Namespace(**options))
     scores, oracle = {}, models / "oracle"
-    for epoch in (models / "epochs").glob("*") if all(pairs.values()) else []:
+    for epoch in sorted((models / "epochs").glob("*")) if all(pairs.values()) else []:
         nets = {path.stem: load_generator(path, device) for path in epoch.glob("*.pth")}
         _, scores[epoch] = validation.measure(nets, pairs, options, device, dtype)
     if scores and not oracle.exists():
