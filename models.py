@@ -294,11 +294,12 @@ def load_generator(path: Path, device: torch.device | str = "cpu") -> "nn.Module
     """
     if Path(path).suffix.lower() == ".onnx":
         return OnnxGenerator(path)
+    content = load_tensors(path)
     try:
-        net = generator_from_state(load_tensors(path)).eval()
-        return net.to(device, memory_format=memory_layout(torch.device(device)))
-    except LayoutError as error:
+        net = generator_from_state(content).eval()
+    except UserError as error:
         raise UserError(f"{path} holds no generator that is known here: {error}") from error
+    return net.to(device, memory_format=memory_layout(torch.device(device)))
 
 
 @torch.no_grad()
@@ -329,10 +330,6 @@ def mirrored(length: int, multiple: int, device: torch.device) -> torch.Tensor:
     return torch.minimum(i, there_and_back - i)
 
 
-class LayoutError(Exception):
-    """Names or shapes of weights that belong to no known network."""
-
-
 def generator_from_state(content: dict) -> nn.Module:
     """Build a generator from a state_dict of any known layout.
 
@@ -342,7 +339,7 @@ def generator_from_state(content: dict) -> nn.Module:
     convolution, `module.` and `_orig_mod.` prefixes, and weights nested in another dict.
 
     Raises:
-        LayoutError: names the first weights that did not fit.
+        UserError: names the first weights that did not fit.
     """
     state = clean_state(content)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -353,12 +350,12 @@ def generator_from_state(content: dict) -> nn.Module:
     if norm == "instance":  # before PyTorch 0.4 it kept running statistics, which were never used
         unused = ("running_mean", "running_var", "num_batches_tracked")
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith(unused)}
-    if "model.model.0.weight" in shapes:
-        net = read_unet(shapes, norm)
-    elif len(shapes.get("model.1.weight", ())) == 4:
-        net = read_resnet(shapes, norm)
-    else:
-        raise LayoutError("its first weights are " + (", ".join(list(state)[:3]) or "missing"))
+    try:
+        unet = "model.model.0.weight" in shapes
+        net = empty_unet(shapes, norm) if unet else empty_resnet(shapes, norm)
+    except (IndexError, KeyError, RuntimeError, ValueError):
+        names = ", ".join(list(state)[:3]) or "missing"
+        raise UserError(f"its first weights are {names}") from None
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     wrong = [
         f"{name} {shapes.get(name, 'missing')} for {expected.get(name, 'nothing')}"
@@ -366,7 +363,7 @@ def generator_from_state(content: dict) -> nn.Module:
         if shapes.get(name) != expected.get(name)
     ]
     if wrong:
-        raise LayoutError("these did not fit: " + ", ".join(wrong[:3]))
+        raise UserError("these did not fit: " + ", ".join(wrong[:3]))
     net.load_state_dict({name: state[name] for name in expected})
     return net
 
@@ -394,8 +391,8 @@ def clean_state(content: dict) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_resnet(shapes: dict[str, tuple], norm: str) -> Generator:
-    convs = {
+def empty_resnet(shapes: dict[str, tuple], norm: str) -> Generator:
+    convs = {  # of the outermost Sequential, by their number
         int(name.split(".")[1]): shape
         for name, shape in shapes.items()
         if re.fullmatch(r"model\.\d+\.weight", name) and len(shape) == 4
@@ -416,19 +413,17 @@ def read_resnet(shapes: dict[str, tuple], norm: str) -> Generator:
     )
 
 
-def read_unet(shapes: dict[str, tuple], norm: str) -> UNet:
-    first, last = (shapes.get(f"model.model.{i}.weight", ()) for i in (0, 3))
-    num_downs = max(name.count("model.") for name in shapes) - 1
-    if len(first) != 4 or len(last) != 4 or not 5 <= num_downs <= 10:
-        raise LayoutError(
-            "it begins like a U-Net, but its outermost weights are "
-            f"model.model.0.weight {first}, model.model.3.weight {last}, its levels {num_downs}"
-        )
-    return UNet(first[1], output_nc=last[1], ngf=first[0], num_downs=num_downs, norm=norm)
+def empty_unet(shapes: dict[str, tuple], norm: str) -> UNet:
+    ngf, input_nc = shapes["model.model.0.weight"][:2]
+    output_nc = shapes["model.model.3.weight"][1]
+    levels = max(name.count("model.") for name in shapes) - 1
+    if not 5 <= levels <= 10:
+        raise UserError(f"it is a U-Net of {levels} levels, and those of 5 to 10 are known")
+    return UNet(input_nc, output_nc, ngf, levels, norm)
 
 
 class OnnxGenerator:
-    """A generator exported by export.py, run by onnxruntime; called like the networks above."""
+    """A generator exported by tools/export.py, run by onnxruntime; called like those above."""
 
     training = False
 
@@ -445,7 +440,7 @@ class OnnxGenerator:
             raise UserError(f"{path} is not an ONNX file that onnxruntime can run") from error
         shapes = [v.shape for v in self.session.get_inputs() + self.session.get_outputs()]
         if len(shapes) != 2 or any(len(s) != 4 or not isinstance(s[1], int) for s in shapes):
-            raise UserError(f"{path} does not turn pictures into pictures: export.py's files do")
+            raise UserError(f"{path} does not turn pictures into pictures: tools.export's files do")
         self.input_nc, self.output_nc = shapes[0][1], shapes[1][1]
         known = self.session.get_modelmeta().custom_metadata_map
         self.multiple = int(known.get("multiple", 4))

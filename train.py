@@ -9,7 +9,6 @@ options are in lib/options.py.
 """
 
 import argparse
-import contextlib
 import copy
 import math
 import os
@@ -276,7 +275,7 @@ def train(args, state: dict | None) -> int:
     remaining = len(epochs) * n_steps - progress["sample"] // per_step
     log = Logger(args, rank, model.iteration, remaining)
     saver = checkpoint.Saver(args, rank, world_size)
-    with contextlib.closing(stop), contextlib.closing(log), contextlib.closing(saver):
+    with stop, log, saver:
         log.print(
             f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
             f"iterations on {world_size} x {device.type}, {utils.precision_name(dtype)}"
@@ -321,7 +320,7 @@ def train(args, state: dict | None) -> int:
                 log.plot()
             if stopping:
                 break
-        saver.close()
+        saver.wait()
         utils.all_ranks(True)  # all is on disk
         if stopping:  # signals are still caught: torchrun sends them again
             log.print(

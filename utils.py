@@ -38,18 +38,12 @@ class UserError(Exception):
 
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Run a script's `main(args)` and exit with its code; a UserError is one line and code 2."""
-    warnings.filterwarnings(
-        "ignore", module="PIL|pydicom|rasterio"
-    )  # unreadable pictures have messages of ours
+    warnings.filterwarnings("ignore", module="PIL|pydicom|rasterio")  # ours name the file
     try:
         code = main(args)
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads must not outlive it
-    except UserError as error:  # one from a data worker has its traceback before the last line
-        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
-        print(f"error: {message}", file=sys.stderr)
-        code = 2
-    except RuntimeError as error:
+    except (UserError, RuntimeError) as error:
         if explain(error) is None:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -60,22 +54,12 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     sys.exit(code)  # out here no traceback keeps data workers alive
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn a full GPU, or a full machine, into a UserError that says what would need less."""
-    try:
-        yield
-    except RuntimeError as error:  # also of contexts, cuBLAS and NCCL; the last is the CPU's
-        gpu = ("out of memory", "ALLOC_FAILED")
-        full = any(words in str(error) for words in gpu)
-        if not full and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(f"the {'GPU' if full else 'machine'} is out of memory: {advice}") from error
-
-
-def explain(error: RuntimeError) -> str | None:
-    """A sentence for an error of the GPU or of the connection between ranks, None for others."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+def explain(error: Exception) -> str | None:
+    """A sentence for a UserError, an error of the GPU or a lost connection; None for others."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, UserError):  # one from a data worker begins with its traceback
+        return lines[-1].removeprefix("utils.UserError: ")
+    reason = lines[0].split(". ")[0]
     if isinstance(error, torch.AcceleratorError):
         return f"the GPU failed ({reason}): start again with --resume auto; {gpu_support()}"
     lost = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -87,14 +71,26 @@ def explain(error: RuntimeError) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn a full GPU, or a full machine, into a UserError that says what would need less."""
+    try:
+        yield
+    except RuntimeError as error:  # also of contexts, cuBLAS and NCCL; the last is the CPU's
+        gpu = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+        if not gpu and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"the {'GPU' if gpu else 'machine'} is out of memory: {advice}") from error
+
+
 def gpu_support() -> str:
-    """For which GPUs this PyTorch was compiled, and what is here."""
-    name, capability = "no GPU", ""
+    """For which GPUs this PyTorch was compiled, and which one is here."""
+    name = "no GPU that it can use"
     with contextlib.suppress(RuntimeError, AssertionError):
         name = torch.cuda.get_device_name()
-        capability = " (sm_{}{})".format(*torch.cuda.get_device_capability())
+        name += " (sm_{}{})".format(*torch.cuda.get_device_capability())
     archs = " ".join(torch.cuda.get_arch_list()) or "no GPU"
-    return f"this PyTorch is compiled for {archs}, and here is {name}{capability}"
+    return f"this PyTorch is compiled for {archs}, and here is {name}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ def pick_device(name: str | None, cuda: bool = False) -> torch.device:
     """The device asked for, or the best at hand; each rank of a machine has its own GPU."""
     if name is None:
         mps = torch.backends.mps.is_available()
-        name = "cuda" if cuda or has_cuda() else "mps" if mps else "cpu"
+        name = "cuda" if cuda or has_gpu() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -293,27 +289,22 @@ def pick_device(name: str | None, cuda: bool = False) -> torch.device:
             torch.zeros(1, device=device)  # no driver, no such GPU, a GPU too old: it fails here
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"cannot use the device {name} ({str(error).splitlines()[0]}; {gpu_support()}): check "
-            "the driver (nvidia-smi), install a PyTorch for this GPU, or compute on the CPU with "
-            "--device cpu"
+            f"cannot use the device {name} ({str(error).splitlines()[0]}; {gpu_support()}): update "
+            "the driver (see nvidia-smi), install a PyTorch for this GPU, or compute on the CPU "
+            "with --device cpu"
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def has_cuda() -> bool:
-    """Whether PyTorch can use a CUDA GPU; UserError if there is one that it cannot."""
+def has_gpu() -> bool:
+    """Whether there is a CUDA GPU, be it one that PyTorch cannot use (a driver too old, ...)."""
     try:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:  # the first: this PyTorch is without CUDA
         absent = ("no NVIDIA driver", "No CUDA GPUs", "not compiled")
-        if not any(words in str(error) for words in absent):
-            raise UserError(
-                f"there is a GPU, but PyTorch cannot use it ({str(error).splitlines()[0]}): update "
-                "its driver, install a PyTorch for it, or compute on the CPU with --device cpu"
-            ) from error
-        return False
+        return not any(words in str(error) for words in absent)
     return True
 
 
@@ -436,11 +427,7 @@ def on_main(function: Callable):
 
 def all_ranks(yes: bool) -> bool:
     """Whether it is so on all ranks; also waits for all of them."""
-    if not dist.is_initialized():
-        return yes
-    shared = torch.tensor(int(yes))
-    dist.all_reduce(shared, dist.ReduceOp.MIN)
-    return bool(shared)
+    return not sum_over_ranks(np.array([not yes], np.int64)).any()
 
 
 def share(files: list) -> list:
@@ -469,7 +456,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal, self.sent = 0, None
-        self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it repeats the signal to us
+        self.torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # which repeats the signal
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number: int, frame) -> None:
@@ -487,19 +474,19 @@ class StopRequest:
         """
         if not dist.is_initialized():
             return self.signal, due
-        number, was_due = self.receive()
+        number, was_due = 0, 0
+        if self.sent:
+            numbers, work = self.sent
+            work.wait()
+            number, was_due = numbers.tolist()
         numbers = torch.tensor([self.signal, int(due and not was_due)])  # on the host, by gloo
         self.sent = numbers, dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
         return number, bool(was_due)
 
-    def receive(self) -> list[int]:
-        if self.sent is None:
-            return [0, 0]
-        numbers, work = self.sent
-        work.wait()
-        return numbers.tolist()
+    def __enter__(self):
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

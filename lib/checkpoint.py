@@ -8,6 +8,7 @@ plain state_dicts.
 import contextlib
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 import utils
-from models import LayoutError, generator_from_state, keep_source_state
+from models import generator_from_state, keep_source_state
 from utils import UserError
 
 NETWORKS = ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema")
@@ -30,39 +31,28 @@ class WriterThread:
         self.job = self.pool.submit(int)  # nothing yet
 
     def submit(self, function: Callable, *arguments) -> None:
-        """Wait for the last job, raise what it raised, and begin another."""
+        """Wait for the last job, raise what it raised, and start another."""
         self.wait()
         self.job = self.pool.submit(function, *arguments)
 
     def wait(self) -> None:
         self.job.result()
 
-    def close(self) -> None:
-        """Wait for the last job and raise what it raised."""
+    def close(self, error: BaseException | None) -> None:
+        """Wait for the last job and raise what it raised; print it if `error` ended the run."""
         self.pool.shutdown()
-        self.job.result()
+        if error is None:
+            self.wait()
+        elif self.job.exception() not in (None, error):
+            print(f"error: {self.job.exception()}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
 # Saving: gather the state, copy it to the host, write it in the thread
 
 
-def rank_state(model) -> dict:
-    """What each rank has of its own: image buffers, random states, losses since the last row."""
-    return {
-        "buffer_A": model.buffer_A.state_dict(),
-        "buffer_B": model.buffer_B.state_dict(),
-        "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state() if model.device.type == "cuda" else None,
-        "identity": model.identity,
-        "loss_sums": model.loss_sums,
-        "n_summed": model.n_summed,
-        "iteration": model.iteration,
-    }
-
-
 def gather_state(model) -> dict:
-    """The state of the model and of this rank.
+    """The state of the model; under "rank" what each rank has of its own.
 
     Raises:
         UserError: a weight is not finite.
@@ -74,7 +64,11 @@ def gather_state(model) -> dict:
                 "state is untouched; --resume from it with a lower --lr or --amp off"
             )
     state = {name: part.state_dict() for name, part in model.parts().items()}
-    return {**state, "iteration": model.iteration, "rank": rank_state(model)}
+    rank = {name: vars(model)[name] for name in ("identity", "loss_sums", "n_summed", "iteration")}
+    rank |= {"buffer_A": model.buffer_A.state_dict(), "buffer_B": model.buffer_B.state_dict()}
+    rank["random"] = torch.get_rng_state()
+    rank["cuda_random"] = torch.cuda.get_rng_state() if model.device.type == "cuda" else None
+    return {**state, "iteration": model.iteration, "rank": rank}
 
 
 def copy_to_host(x):
@@ -153,9 +147,15 @@ class Saver:
         """Minutes since the last save."""
         return (time.time() - self.time) / 60
 
-    def close(self) -> None:
-        """Wait until what was saved is on disk."""
-        self.thread.close()
+    def wait(self) -> None:
+        """Wait until what was saved is on disk; raises the UserError of a save that failed."""
+        self.thread.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.thread.close(error)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,41 +173,38 @@ def read_state(path: Path) -> dict | str:
     return state
 
 
+def read_rank(path: Path) -> dict | None:
+    with contextlib.suppress(UserError):
+        return utils.load_tensors(path)
+    return None
+
+
 def load_run(workdir: Path, rank: int = 0) -> dict:
-    """The newest state that can be read and that no rank's own part is missing of.
+    """The newest state that can be read, if possible one that no rank's own part is missing of.
 
     The first rank reads, the others receive it: they may have another disk, or an older view of
     the same. A state that is not the newest becomes `train_state.pth`, so that the next save keeps
     it. Raises UserError if there is none.
     """
-    folder, problems, usable = workdir / "models", [], []
-    for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
-        path = folder / name
-        state = utils.on_main(lambda path=path: read_state(path))
-        if isinstance(state, str):
-            problems.append(state)
-            continue
-        source = rank % state["world_size"]  # there may be more or fewer ranks than there were
-        if source:
-            state["rank"] = read_rank(folder / f"rank{source}_{state['iteration']}.pth")
-        usable.append((path, state))
-        if utils.all_ranks(state["rank"] is not None):
-            usable = usable[-1:]
-            break
-        problems.append(f"{path} is without the files of some of its ranks")
-    if not usable:
-        raise UserError(f"cannot resume: {problems[0]}")
-    path, state = usable[0]
-    if problems and rank == 0:
-        print(f"{problems[0]}; going on from {path}")
-        os.replace(path, folder / "train_state.pth")
-    return state
-
-
-def read_rank(path: Path) -> dict | None:
-    with contextlib.suppress(UserError):
-        return utils.load_tensors(path)
-    return None
+    folder, problems = workdir / "models", []
+    for incomplete in (False, True):
+        for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
+            path = folder / name
+            state = utils.on_main(lambda path=path: read_state(path))
+            if isinstance(state, str):
+                problems.append(state)
+                continue
+            source = rank % state["world_size"]  # there may be more or fewer ranks than there were
+            if source:
+                state["rank"] = read_rank(folder / f"rank{source}_{state['iteration']}.pth")
+            if not utils.all_ranks(state["rank"] is not None) and not incomplete:
+                problems.append(f"{path} is without the files of some of its ranks")
+                continue
+            if problems and rank == 0:
+                print(f"{problems[0]}; going on from {path}")
+                os.replace(path, folder / "train_state.pth")
+            return state
+    raise UserError(f"cannot resume: {problems[0]}")
 
 
 def exists(workdir: Path) -> bool:
@@ -275,22 +272,21 @@ def load_initial(folder: Path, model) -> None:
 
 def read_initial(folder: Path, name: str, net, keep_source: bool) -> dict | None:
     """The weights for `net` in `folder`; None if they are a discriminator's and not there."""
-    known = {"netG_A2B": "latest_net_G_A.pth", "netG_B2A": "latest_net_G_B.pth"}
-    known |= {"netD_A": "latest_net_D_B.pth", "netD_B": "latest_net_D_A.pth"}  # theirs is swapped
-    path = folder / f"{name}.pth"
-    path = path if path.exists() else folder / known[name]
-    if not path.exists() and name.startswith("netD"):
+    known = {"netG_A2B": "G_A", "netG_B2A": "G_B", "netD_A": "D_B", "netD_B": "D_A"}  # D_A sees B
+    paths = [folder / f"{name}.pth", folder / f"latest_net_{known[name]}.pth"]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None and name.startswith("netD"):
         return None  # published models rarely come with their discriminators
-    if not path.exists():
-        raise UserError(f"--init_from {folder} has neither {name}.pth nor {known[name]}")
+    if path is None:
+        raise UserError(f"--init_from {folder} has neither {paths[0].name} nor {paths[1].name}")
+    state = utils.load_tensors(path)
     try:
-        state = utils.load_tensors(path)
         if name.startswith("netG"):
             state = generator_from_state(state).state_dict()
             if keep_source and "keep_source" not in state:
                 state = keep_source_state(state)
         net.load_state_dict(state)
-    except (LayoutError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:
         raise UserError(
             f"the weights in {path} do not fit the networks asked for "
             f"(--netG, --ngf, --norm, ...): {str(error).splitlines()[-1].strip()}"

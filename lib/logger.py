@@ -134,7 +134,7 @@ def draw_grid(columns: dict) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# All of it
+# The logger
 
 
 class Logger:
@@ -163,7 +163,7 @@ class Logger:
             dynamic_ncols=True,
         )
         if self.is_main and not args.no_tensorboard:
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(ImportError), utils.writing(self.logs):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.logs, purge_step=iteration + 1)
@@ -182,8 +182,9 @@ class Logger:
             append_line(path, ",".join(row))
         append_line(path, ",".join(f"{value:.6g}" for value in row.values()))
         if self.board:
-            for key in list(row)[2:]:
-                self.board.add_scalar(f"{name}/{key}", row[key], row["iteration"])
+            with utils.writing(self.logs):
+                for key in list(row)[2:]:
+                    self.board.add_scalar(f"{name}/{key}", row[key], row["iteration"])
         self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("D", "G", "cycle") if k in row})
 
     def check_change(self, iteration: int, change: float) -> None:
@@ -231,7 +232,8 @@ class Logger:
         for path in paths:
             utils.save_picture(path, grid)
         if self.board:
-            self.board.add_image("samples", np.asarray(grid), iteration, dataformats="HWC")
+            with utils.writing(self.logs):
+                self.board.add_image("samples", np.asarray(grid), iteration, dataformats="HWC")
 
     def plot(self) -> None:
         """Write logs/losses.png."""
@@ -239,8 +241,19 @@ class Logger:
         if self.is_main and path.exists():
             self.thread.submit(plot_losses, path, path.with_suffix(".png"), self.plotted)
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
-        self.thread.close()
-        if self.board:
+        try:
+            self.thread.close(error)
+        finally:
+            if self.board:
+                self.close_board()
+
+    def close_board(self) -> None:
+        try:
             self.board.close()
+        except OSError as error:  # the rows are in the CSV files: no reason to fail at the end
+            print(f"TensorBoard's file in {self.logs} is incomplete ({error})", file=sys.stderr)

@@ -8,6 +8,7 @@ import torch
 import datasets
 import train
 from lib import logger
+from utils import UserError
 
 
 def test_sample_grid_is_of_the_named_generators(dataroot, tmp_path):
@@ -70,3 +71,28 @@ def test_tensorboard_has_the_rows_of_the_csv(dataroot, tmp_path):
         assert [scalar.step for scalar in scalars] == log["iteration"]
         assert [scalar.value for scalar in scalars] == pytest.approx(log[name], rel=1e-5)
     assert [image.step for image in events.Images("samples")] == [5]
+
+
+def test_errors_of_the_writer_thread(dataroot, tmp_path, capsys):
+    """They end the run; they do not take the place of an error that has ended it, and are shown."""
+    pytest.importorskip("tensorboard")
+    words = [w for w in tiny.words(dataroot, tmp_path) if w != "--no_tensorboard"]
+    args = train.parse_args(words)
+    (tmp_path / "logs").mkdir()
+
+    def fail():
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"), logger.Logger(args, 0, 0, 9) as log:
+        log.thread.submit(fail)
+    assert log.thread.pool._shutdown and log.board.file_writer is None  # both are closed
+    with pytest.raises(UserError, match="diverged"), logger.Logger(args, 0, 0, 9) as log:
+        log.board.close = lambda: fail_to_write()
+        log.thread.submit(fail)
+        raise UserError("diverged")
+    told = capsys.readouterr().err
+    assert "error: the disk is full" in told and "is incomplete ([Errno 28]" in told
+
+
+def fail_to_write():
+    raise OSError(28, "No space left on device")

@@ -477,13 +477,12 @@ def test_a_collapse_is_said(dataroot, tmp_path, capsys):
     assert tiny_runs.run(dataroot, tmp_path, "--keep_source --n_epochs 1") == 0
     assert min(read_csv(tmp_path / "logs" / "losses.csv")["change"]) > 0.5
     args = train.parse_args(tiny_runs.words(dataroot, tmp_path))
-    log = Logger(args, 0, 0, 1000)
-    for iteration, change in ((100, 0.6), (200, 0.4), (350, 0.3), (399, 0.1)):
-        log.check_change(iteration, change)
-    assert "collapsed" not in capsys.readouterr().out
-    log.check_change(400, 0.1)
-    message = capsys.readouterr().out
-    assert "since iteration 100" in message and "lower --lambda_cyc" in message
-    log.check_change(450, 0.1)
-    log.close()
-    assert "collapsed" not in capsys.readouterr().out, "said once, not at every row"
+    with Logger(args, 0, 0, 1000) as log:
+        for iteration, change in ((100, 0.6), (200, 0.4), (350, 0.3), (399, 0.1)):
+            log.check_change(iteration, change)
+        assert "collapsed" not in capsys.readouterr().out
+        log.check_change(400, 0.1)
+        message = capsys.readouterr().out
+        assert "since iteration 100" in message and "lower --lambda_cyc" in message
+        log.check_change(450, 0.1)
+    assert "collapsed" not in capsys.readouterr().out, "printed once, not at every row"

@@ -312,4 +312,4 @@ def test_driver_too_old(tmp_path):
     subprocess.run(command, check=True)
     code = "import utils; utils.run(lambda args: utils.pick_device(None), None)"
     text = finish(start("-c", code, env={"LD_LIBRARY_PATH": str(tmp_path)}), 2)
-    assert "error: there is a GPU, but PyTorch cannot use it" in text and "too old" in text
+    assert "error: cannot use the device cuda (" in text and "too old" in text

@@ -84,6 +84,10 @@ def test_stopped_again_and_again(name, dataroot, tmp_path, stop_at):
         assert resume(workdir) == 143
     assert resume(workdir) == 0
     assert differences(wanted, outcome(workdir)) == []
+    lr, whole = (
+        read_csv(tmp_path / name / "logs/losses.csv")["lr"] for name in ("stopped", "whole")
+    )
+    assert lr == whole and len(lr) == last and lr[-1] < 0.5 * lr[0]
 
 
 def test_stopped_at_each_iteration(tmp_path, stop_at):
@@ -97,6 +101,10 @@ def test_stopped_at_each_iteration(tmp_path, stop_at):
         assert read_state(workdir)["iteration"] == stop
         assert resume(workdir) == 0
         assert differences(wanted, outcome(workdir)) == [], f"stopped at {stop}"
+        lr = [
+            2e-4 * factor for factor in (1, 1, 1, 1, 2 / 3, 1 / 3)
+        ]  # linear from the second epoch
+        assert read_csv(workdir / "logs" / "losses.csv")["lr"] == pytest.approx(lr, rel=1e-5)
 
 
 def test_where_the_pictures_come_from_changes_nothing(dataroot, tmp_path):
