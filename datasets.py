@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lib import formats
 from lib.formats import UnreadableImage
-from utils import UserError, worker_context
+from utils import UserError, worker_context, writing
 
 EXTENSIONS = formats.PICTURES + formats.UNITS
 
@@ -97,10 +97,8 @@ def load_image(
     `index` is the slice of a volume (across `axis`) or frame, None the one in the middle. Files are
     converted to `channels` as lib/formats.py says.
 
-    Raises:
-        UnreadableImage: damaged, too large, of other channels, floats and no `limits`, or not a
-            picture at all.
-        UserError: the library that reads it is missing.
+    Raises UnreadableImage if it is damaged, too large, of other channels, of floats without
+    `limits`, or no picture at all; UserError if the library that reads it is missing.
     """
     source = formats.read(path, channels, axis)
     picture = source[len(source) // 2 if index is None else index]
@@ -160,7 +158,7 @@ def to_array(tensor: torch.Tensor, dtype: type = np.uint8) -> np.ndarray:
 
 
 def to_rgb(picture: np.ndarray) -> Image.Image:
-    """An 8-bit RGB image to show of any (H, W, C): grey if C < 3, else its first three channels.
+    """An 8-bit RGB image to show of any (H, W, C): gray if C < 3, else its first three channels.
 
     uint8, uint16, or floats in [-1, 1].
     """
@@ -179,14 +177,11 @@ def to_rgb(picture: np.ndarray) -> Image.Image:
 def report_skipped(log: Path, picture: Path, reason: str) -> None:
     """Print that a picture is unreadable and append it to `log`, unless the log has it already."""
     line = f"{picture}: {reason}".replace("\n", " ") + "\n"
-    try:
-        with open(log, "a+", encoding="utf-8", errors="surrogateescape") as file:
-            file.seek(0)
-            if line in file:  # from another worker, or from before a resume
-                return
-            file.write(line)
-    except OSError as error:
-        raise UserError(f"cannot write {log} ({error.strerror})") from error
+    with writing(log), open(log, "a+", encoding="utf-8", errors="surrogateescape") as file:
+        file.seek(0)
+        if line in file:  # from another worker, or from before a resume
+            return
+        file.write(line)
     print(f"\nskipped {line}".encode(errors="replace").decode(), end="", file=sys.stderr)
 
 
@@ -210,7 +205,7 @@ class Domain:
         excluded: Sequence[str] = (),
     ):
         self.folder = find_split(dataroot, split)
-        self.names = [name for name in list_images(self.folder) if name not in set(excluded)]
+        self.names = sorted({*list_images(self.folder)} - {*excluded})
         counts = [formats.count(self.folder / name, options.axis) for name in self.names]
         self.ends = np.cumsum(counts)  # of each file's pictures, so that a slice is found by number
         self.channels, self.options, self.skip_log = channels, options, skip_log
@@ -226,8 +221,7 @@ class Domain:
             picture = self.cached[j % len(self)] if self.cached else self.read(j % len(self))
             if picture is not None:
                 return picture  # (C, h, w), uint8, uint16, or float32 in [-1, 1]
-        names = f"{len(self)} pictures in {self.folder}"
-        raise UserError(f"not one of the {names} can be read: see {self.skip_log}")
+        raise UserError(f"not one picture in {self.folder} can be read: see {self.skip_log}")
 
     def read(self, i: int) -> torch.Tensor | None:
         file = int(np.searchsorted(self.ends, i, "right"))
@@ -291,7 +285,7 @@ class UnpairedImages(Dataset):
 
     def __init__(self, A: Domain, B: Domain, size: int, flip: bool = True, seed: int = 0):
         self.A, self.B, self.size, self.flip, self.seed = A, B, size, flip, seed
-        self.crop = A.options.preprocess in ("resize_and_crop", "crop", "scale_width_and_crop")
+        self.crop = A.options.preprocess.endswith("crop")
         self.epoch = None  # the epoch of self.order
 
     def __len__(self) -> int:

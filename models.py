@@ -85,7 +85,7 @@ class Generator(nn.Module):
     """The paper's ResNet generator (section 7.2, after Johnson et al. 2016).
 
     (N, input_nc, H, W) in [-1, 1] -> (N, output_nc, H, W) in [-1, 1]; H and W multiples of 4.
-    c7s1-ngf, two stride-2 convolutions, residual blocks, two up-samplings, c7s1-output_nc, tanh.
+    c7s1-ngf, two stride-2 convolutions, residual blocks, two upsamplings, c7s1-output_nc, tanh.
 
     With `keep_source` the last convolution has two channels more, and `output` changes the input
     instead of replacing it: what need not change stays, which instance norm would not allow.
@@ -106,7 +106,7 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.input_nc, self.output_nc = input_nc, output_nc
-        # in the file its name tells which form the weights are for; None is not saved
+        # its name in the file says which form the weights are for; None is not saved
         self.register_buffer("keep_source", torch.ones(()) if keep_source else None)
         bias = norm == "instance"  # as published: also what tells "none" from "instance" in a file
 
@@ -144,7 +144,7 @@ class Generator(nn.Module):
         k = 0 a residual of up to 2, which reaches every color. (Masks: GANimation, Pumarola et al.
         2018; gradients pass the clamp where they lead back into [-1, 1].)
         """
-        # under autocast z is bf16, in which tanh could not tell two neighboring greys
+        # under autocast z is bf16, in which tanh could not tell two neighboring grays
         z, x = z.to(self.model[1].weight.dtype), x.to(self.model[1].weight.dtype)
         if self.keep_source is None:
             return self.model[-1](z)  # (N, output_nc, H, W)
@@ -287,10 +287,8 @@ def load_generator(path: Path, device: torch.device | str = "cpu") -> "nn.Module
     """Build the generator that a checkpoint file (or .onnx file) holds, in eval mode.
 
     Understands the layouts named in `generator_from_state`. `net.input_nc` and `net.output_nc`
-    are its channels, `net.multiple` what height and width must be a multiple of.
-
-    Raises:
-        UserError: not a checkpoint, or no generator of a known layout.
+    are its channels, `net.multiple` what height and width must be a multiple of. Raises UserError
+    if the file is no checkpoint, or holds no generator of a known layout.
     """
     if Path(path).suffix.lower() == ".onnx":
         return OnnxGenerator(path)
@@ -335,11 +333,9 @@ def generator_from_state(content: dict) -> nn.Module:
 
     Known: ours and the reference repository's ResNet and U-Net (with or without dropout, whose
     layer shifts `conv_block.5` to `.6`, and with the running statistics that InstanceNorm once
-    had), residual blocks named `block`, up-sampling by nearest neighbour or transposed
-    convolution, `module.` and `_orig_mod.` prefixes, and weights nested in another dict.
-
-    Raises:
-        UserError: names the first weights that did not fit.
+    had), residual blocks named `block`, upsampling by nearest neighbor or transposed convolution,
+    `module.` and `_orig_mod.` prefixes, and weights nested in another dict. Raises UserError with
+    the names of the first weights that do not fit.
     """
     state = clean_state(content)
     shapes = {name: tuple(value.shape) for name, value in state.items()}

@@ -141,7 +141,7 @@ class CycleGAN:
         else:
             identity = self.identity
         parts |= {"identity": identity, "G": logged + args.lambda_id * identity}
-        if args.input_nc == args.output_nc:  # mean |G(x) - x| in grey levels of 255
+        if args.input_nc == args.output_nc:  # mean |G(x) - x| in gray levels of 255
             change = F.l1_loss(fake_B.detach(), real_A) + F.l1_loss(fake_A.detach(), real_B)
             parts["change"] = change / 2 * 127.5
         else:
@@ -218,8 +218,7 @@ class CycleGAN:
     def mean_losses(self) -> dict[str, float]:
         """Mean losses since the last call, over iterations and ranks: the only wait for the device.
 
-        Raises:
-            UserError: one of them is not finite.
+        Raises UserError if one of them is not finite.
         """
         means = self.loss_sums / self.n_summed / self.world_size
         if self.world_size > 1:

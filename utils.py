@@ -38,7 +38,8 @@ class UserError(Exception):
 
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Run a script's `main(args)` and exit with its code; a UserError is one line and code 2."""
-    warnings.filterwarnings("ignore", module="PIL|pydicom|rasterio")  # ours name the file
+    # what cannot be read has messages of our own
+    warnings.filterwarnings("ignore", module="PIL|pydicom|rasterio")
     try:
         code = main(args)
         if dist.is_initialized():
@@ -51,7 +52,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
-    sys.exit(code)  # out here no traceback keeps data workers alive
+    sys.exit(code)  # outside of try: there a traceback would keep data workers alive
 
 
 def explain(error: Exception) -> str | None:
@@ -136,10 +137,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` only when it is complete and on disk.
 
     The bytes go to a temporary name in the same folder, are flushed and fsynced, then renamed: a
-    reader, or a power cut, sees the old file or the new one and never half of one.
-
-    Raises:
-        UserError: disk full, folder missing or not writable.
+    reader, or a power cut, sees the old file or the new one and never half of one. Raises UserError
+    if the disk is full or the folder cannot be written.
     """
     temporary = Path(path).parent / f".{uuid.uuid4().hex}.tmp"
     with writing(path):
@@ -204,9 +203,8 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
     """`torch.load(weights_only=True)`: no code in the file is ever run.
 
-    Raises:
-        UserError: the file is missing, empty, truncated, a web page, no checkpoint at all, or a
-            pickle that asks for code to be run; each with its own sentence.
+    Raises UserError, a sentence for each case, if the file is missing, empty, truncated, a web
+    page, no checkpoint at all, or a pickle that asks for code to be run.
     """
     head = b""
     try:
@@ -264,10 +262,8 @@ def setup(args, fixed_sizes: bool = False) -> tuple[torch.device, torch.dtype | 
 
     `args` holds the options of `add_device_options`; `fixed_sizes` says that all batches have the
     same size. Returns the device, the dtype for autocast (None for float32 throughout), this
-    process's rank and the world size (0 and 1 unless started by torchrun or srun).
-
-    Raises:
-        UserError: the device cannot be used.
+    process's rank and the world size (0 and 1 unless started by torchrun or srun). Raises UserError
+    if the device cannot be used.
     """
     rank, world_size = join_processes()
     device = pick_device(args.device, args.cuda)
@@ -355,17 +351,13 @@ def precision_name(dtype: torch.dtype | None) -> str:
 
 
 def join_processes() -> tuple[int, int]:
-    """Join the other processes of torchrun or srun, if there are any; returns rank and world size.
-
-    Raises:
-        UserError: srun started several, but does not say enough.
-    """
+    """Join the other processes of torchrun or srun, if any; returns rank and world size."""
     if not dist.is_initialized():
         if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             os.environ.update(slurm_ranks(os.environ))
         if "RANK" not in os.environ:
             return 0, 1
-        if sys.platform == "linux":  # when the launcher is killed, stop as if it had said so
+        if sys.platform == "linux":  # when the launcher is killed, get SIGTERM
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         # torchrun keeps its store when it starts ranks again: they must not read old addresses
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
@@ -387,15 +379,14 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     try:
         hosts = environment["SLURM_STEP_NODELIST"]  # gpu[01-04,07],login3: rank 0 is on the first
         host = re.fullmatch(r"([\w.-]+?)(?:\[(\d+)[\d,-]*\])?(?:,.*)?", hosts)
+        port = str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
         return {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0],
             "MASTER_ADDR": environment.get("MASTER_ADDR", host[1] + (host[2] or "")),
-            "MASTER_PORT": environment.get(
-                "MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
-            ),
+            "MASTER_PORT": environment.get("MASTER_PORT", port),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -469,8 +460,8 @@ class StopRequest:
     def agree(self, due: bool) -> tuple[int, bool]:
         """The signal that any rank got (0: none), and whether a save is due on any.
 
-        Among several ranks it is what was so at the call before this one: the answer travels
-        during an iteration, so that nobody waits for it.
+        Among several ranks the answer is that of the call before this one: it travels during an
+        iteration, so that nobody waits for it.
         """
         if not dist.is_initialized():
             return self.signal, due

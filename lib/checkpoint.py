@@ -52,10 +52,9 @@ class WriterThread:
 
 
 def gather_state(model) -> dict:
-    """The state of the model; under "rank" what each rank has of its own.
+    """The state of the model, what this rank has of its own under "rank".
 
-    Raises:
-        UserError: a weight is not finite.
+    Raises UserError if a weight is not finite.
     """
     for name, net in model.networks().items():
         if not all(torch.isfinite(p).all() for p in net.parameters()):
@@ -90,11 +89,7 @@ def export(folder: Path, weights: dict[str, dict], options: dict) -> None:
 
 
 def write_state(workdir: Path, state: dict) -> None:
-    """Write `models/train_state.pth`, keeping the one before, and export the networks.
-
-    Raises:
-        UserError: the disk is full, or the folder not writable.
-    """
+    """Write `models/train_state.pth`, keeping the one before, and export the networks."""
     folder = workdir / "models"
     newest, fresh = folder / "train_state.pth", folder / "train_state.new.pth"
     utils.save_tensors(fresh, state)
@@ -127,10 +122,8 @@ class Saver:
     def save(self, model, progress: dict) -> None:
         """Copy the state and write the copy in the thread. Every rank must call it.
 
-        `progress` is how far the run is: epoch (from 0), sample (within it), seconds, best.
-
-        Raises:
-            UserError: a weight is not finite, or the save before this one failed.
+        `progress` is how far the run is: epoch (from 0), sample (within it), seconds, best. Raises
+        UserError if a weight is not finite, or if the save before this one failed.
         """
         self.thread.wait()
         utils.all_ranks(True)  # so that the files of all ranks are at most one save apart
@@ -180,7 +173,7 @@ def read_rank(path: Path) -> dict | None:
 
 
 def load_run(workdir: Path, rank: int = 0) -> dict:
-    """The newest state that can be read, if possible one that no rank's own part is missing of.
+    """The newest state that can be read; one with the files of all ranks is preferred.
 
     The first rank reads, the others receive it: they may have another disk, or an older view of
     the same. A state that is not the newest becomes `train_state.pth`, so that the next save keeps
@@ -258,8 +251,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 def load_initial(folder: Path, model) -> None:
     """Start from the weights in `folder` (`--init_from`): ours, or the reference repository's.
 
-    Raises:
-        UserError: no generators there, or of another architecture than the options ask for.
+    Raises UserError if the generators are missing, or of another architecture than the options'.
     """
     for name, net in model.networks().items():
         read = lambda name=name, net=net: read_initial(folder, name, net, model.args.keep_source)

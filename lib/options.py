@@ -61,8 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--dataroot", Path("dataset/apple2orange"), "folder with trainA, trainB, testA, testB")
     add(g, "--demo", False, "draw a small set of pictures if need be, and train on it in minutes")
     add(g, "--quick", False, "own photographs in minutes: 128x128, narrow, --keep_source")
-    text = "the paper's recipe: batch 1, no averages, lambda_cyc 10, lambda_id 5, ..."
-    add(g, "--classic", False, text)
+    add(g, "--classic", False, "the paper's recipe: batch 1, no averages, lambda_cyc 10, ...")
     add(g, "--workdir", Path("."), "where models/, images/, logs/, outputs/, result/ go")
     exclusive = g.add_mutually_exclusive_group()
     text = "go on with the run in --workdir; auto: start one if there is none"
@@ -106,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--half_size", 0.0, "share of the run, its first, that trains at half of size")
     add(g, "--no_flip", False, "no random horizontal flips")
     add(g, "--direction", "AtoB", "BtoA swaps the two folders", "AtoB BtoA")
-    add(g, "--input_nc", 3, "channels of A: 1 grey (8 or 16 bits), 3 RGB, n from .npy files")
+    add(g, "--input_nc", 3, "channels of A: 1 gray (8 or 16 bits), 3 RGB, n from .npy files")
     add(g, "--output_nc", 3, "channels of B")
     units = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
     add(g, "--range_A", None, "values of A that become -1 and 1 (those of the type)", **units)

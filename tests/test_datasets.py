@@ -341,7 +341,7 @@ def test_a_domain_of_corrupt_files(side, corrupt, tmp_path, capsys):
         path.unlink()
     args = train.parse_args(tiny.words(corrupt, tmp_path / "run"))
     code, line = test_files.exit_of(train.main, args, capsys)
-    assert code == 2 and f"not one of the {len(CORRUPT)} pictures in" in line
+    assert code == 2 and "not one picture in" in line
     assert f"train{side}" in line and "skipped.txt" in line
     assert not (tmp_path / "run" / "models" / "train_state.pth").exists()
 
@@ -359,7 +359,7 @@ def test_pictures_that_vanish(options, dataroot, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.CycleGAN, "step", vanish)
     args = train.parse_args(tiny.words(data, tmp_path / "run", f"--n_epochs 99 {options}"))
     code, line = test_files.exit_of(train.main, args, capsys)
-    assert code == 2 and line.startswith("error: not one of the 5 pictures in"), line
+    assert code == 2 and line.startswith("error: not one picture in"), line
     assert tiny.read_state(tmp_path / "run")["epoch"] < 99
 
 
