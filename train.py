@@ -273,8 +273,7 @@ def train(args, state: dict | None) -> int:
 
     remaining = len(epochs) * n_steps - progress["sample"] // per_step
     log = Logger(args, rank, model.iteration, remaining)
-    saver = checkpoint.Saver(args, rank, world_size)
-    with stop, log, saver:
+    with stop, log, checkpoint.WriterThread() as writer:
         log.print(
             f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
             f"iterations on {world_size} x {device.type}, {utils.precision_name(dtype)}"
@@ -283,9 +282,9 @@ def train(args, state: dict | None) -> int:
         )
         if not epochs:
             log.print(f"all {args.n_epochs} epochs are done: a larger --n_epochs extends this run")
-        stopping, began = 0, time.time() - progress["seconds"]
+        stopping, saved, began = 0, time.time(), time.time() - progress["seconds"]
         if not state:
-            saver.save(model, progress)
+            checkpoint.save(model, progress, writer)
         for epoch, sample in sampler.steps():
             done = epoch + sample / len(data)  # epochs, with their fraction
             lr = args.lr * utils.lr_factor(args.lr_policy, done, args.n_epochs, args.decay_epoch)
@@ -313,13 +312,14 @@ def train(args, state: dict | None) -> int:
                 progress |= {"epoch": epoch + 1, "sample": 0}
                 if args.eval_every and (epoch + 1) % args.eval_every == 0:
                     progress["best"] = evaluate(model, log, epoch + 1, progress["best"])
-            stopping, due = stop.agree(saver.minutes() > args.save_minutes)
+            stopping, due = stop.agree(time.time() - saved > 60 * args.save_minutes)
             if last or due or stopping:
-                saver.save(model, progress)
+                checkpoint.save(model, progress, writer)
+                saved = time.time()
                 log.plot()
             if stopping:
                 break
-        saver.wait()
+        writer.wait()
         utils.all_ranks(True)  # all is on disk
         if stopping:  # signals are still caught: torchrun sends them again
             log.print(
@@ -337,21 +337,14 @@ FOLDERS = ("dataset", "models", "images", "logs", "outputs", "result")  # in --w
 
 def load_data(args) -> datasets.UnpairedImages:
     """The training set, in memory if it fits."""
-    domains, skip_log = [], args.workdir / "logs" / "skipped.txt"
+    domains, skip_log, options = [], args.workdir / "logs" / "skipped.txt", vars(args)
     channels, folders = (args.input_nc, args.output_nc), args.direction.split("to")
     for name, n_channels, folder in zip("AB", channels, folders, strict=True):
-        excluded, limits = validation.held_out(args.dataroot, name, vars(args)), f"range_{name}"
-        domain = datasets.Domain(
-            args.dataroot,
-            f"train{folder}",
-            n_channels,
-            args,
-            skip_log,
-            vars(args)[limits],
-            excluded,
-        )
-        # by which test.py returns to units
-        args.options[limits] = vars(args)[limits] = domain.limits and list(domain.limits)
+        aside, limits = validation.held_out(args.dataroot, name, options), f"range_{name}"
+        where = (args.dataroot, f"train{folder}")
+        domain = datasets.Domain(*where, n_channels, args, skip_log, options[limits], aside)
+        # the values that test.py returns to
+        options[limits] = args.options[limits] = domain.limits and list(domain.limits)
         domains.append(domain)
     share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = sum(domain.cache_bytes() for domain in domains) < share

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import os
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +37,10 @@ class WriterThread:
     def wait(self) -> None:
         self.job.result()
 
-    def close(self, error: BaseException | None) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
         """Wait for the last job and raise what it raised; print it if `error` ended the run."""
         self.pool.shutdown()
         if error is None:
@@ -112,43 +114,20 @@ def write_rank(workdir: Path, rank: int, state: dict) -> None:
         path.unlink()
 
 
-class Saver:
-    """Saves a run's state: the first rank all that is the same on all, each rank its own part."""
+def save(model, progress: dict, writer: WriterThread) -> None:
+    """Copy the state and let `writer` write it: the first rank what all share, others their own.
 
-    def __init__(self, args, rank: int, world_size: int):
-        self.args, self.rank, self.world_size = args, rank, world_size
-        self.thread, self.time = WriterThread(), time.time()
-
-    def save(self, model, progress: dict) -> None:
-        """Copy the state and write the copy in the thread. Every rank must call it.
-
-        `progress` is how far the run is: epoch (from 0), sample (within it), seconds, best. Raises
-        UserError if a weight is not finite, or if the save before this one failed.
-        """
-        self.thread.wait()
-        utils.all_ranks(True)  # so that the files of all ranks are at most one save apart
-        state = gather_state(model)
-        if self.rank == 0:
-            state |= {**progress, "args": self.args.options, "world_size": self.world_size}
-            self.thread.submit(write_state, self.args.workdir, copy_to_host(state))
-        else:
-            state = copy_to_host(state["rank"])
-            self.thread.submit(write_rank, self.args.workdir, self.rank, state)
-        self.time = time.time()
-
-    def minutes(self) -> float:
-        """Minutes since the last save."""
-        return (time.time() - self.time) / 60
-
-    def wait(self) -> None:
-        """Wait until what was saved is on disk; raises the UserError of a save that failed."""
-        self.thread.wait()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.thread.close(error)
+    `progress` is how far the run is: epoch (from 0), sample (within it), seconds, best. Every rank
+    must call it. Raises UserError if a weight is not finite, or if the save before this one failed.
+    """
+    writer.wait()
+    utils.all_ranks(True)  # so that the files of all ranks are at most one save apart
+    state, workdir = gather_state(model), model.args.workdir
+    if model.rank == 0:
+        state |= {**progress, "args": model.args.options, "world_size": model.world_size}
+        writer.submit(write_state, workdir, copy_to_host(state))
+    else:
+        writer.submit(write_rank, workdir, model.rank, copy_to_host(state["rank"]))
 
 
 # ------------------------------------------------------------------------------------------------

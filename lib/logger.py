@@ -247,7 +247,7 @@ class Logger:
     def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
         try:
-            self.thread.close(error)
+            self.thread.__exit__(kind, error, traceback)
         finally:
             if self.board:
                 self.close_board()
