@@ -166,6 +166,7 @@ def test_demo_and_test_commands_run(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     draw_demo(tmp_path / "dataset" / "demo", n_train=4, n_test=2)
     tiny = " --n_epochs 1 --size 32 --load_size 36 --ngf 4 --ndf 4 --n_residual_blocks 1"
+    tiny += " --half_size 0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in (demo + tiny, "python test.py"):
         words = [sys.executable, *shlex.split(command)[1:]]

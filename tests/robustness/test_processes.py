@@ -255,7 +255,9 @@ def test_slurm_script(dataroot, tmp_path):
     assert read_state(tmp_path)["iteration"] == 4 * 5
 
 
-SMALL_DEMO = "--size 24 --load_size 26 --ngf 2 --ndf 2 --n_residual_blocks 1 --batch_size 16"
+SMALL_DEMO = (
+    "--size 24 --load_size 26 --ngf 2 --ndf 2 --n_residual_blocks 1 --batch_size 16 --half_size 0"
+)
 
 
 @pytest.mark.parametrize("options", [SMALL_DEMO, ""])
