@@ -96,7 +96,7 @@ def need(module: str, files: str):
 def check_size(height: int, width: int, channels: int, wanted: int) -> None:
     """Refuse a picture before it is decoded; `wanted` channels, 0 for any."""
     if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:
-        raise UnreadableImage(f"{width}x{height} pixels are none, or {TOO_LARGE}")
+        raise UnreadableImage(f"its size of {width}x{height} pixels is zero or {TOO_LARGE}")
     if wanted and channels != wanted or not channels:
         raise UnreadableImage(
             f"it has {channels} channels, not {wanted}: see --input_nc and --output_nc"

@@ -26,14 +26,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for volumes, rasters, films."""
     group = parser.add_argument_group("volumes, rasters, films")
     for domain in "AB":
-        text = f"values of {domain} that are -1 and 1 to the network (the run's)"
+        text = f"values of {domain} that become -1 and 1 (the run's)"
         pair = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
         group.add_argument(f"--range_{domain}", help=text, **pair)
-    text = "of volumes, across the slices (the run's, else the last)"
+    text = "axis of a volume that its slices are cut across (the run's, else the last)"
     group.add_argument("--axis", type=int, choices=[-1, 0, 1, 2], help=text)
     text = "all slices of a volume share the statistics of instance norm"
     group.add_argument("--volume_norm", action="store_true", help=text)
-    text = "films: how much of these statistics is kept from frame to frame (0; try 0.9)"
+    text = "films: share of these statistics that is kept from frame to frame (0; try 0.9)"
     group.add_argument("--smooth", type=float, default=0.0, help=text)
     text = "films: the source and its translation in one film"
     group.add_argument("--side_by_side", action="store_true", help=text)

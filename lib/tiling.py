@@ -254,11 +254,11 @@ def translate_tiles(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for large pictures."""
     group = parser.add_argument_group("large pictures")
-    text = "tiles of so many pixels, with the same result; 0: none (auto: if memory is short)"
+    text = "tiles of N pixels, with the same result; 0: none (auto: if memory is short)"
     group.add_argument("--tile", type=read_tile, metavar="N", help=text)
-    text = "put the tiles' feature maps there (memory if they fit, else outputs/)"
+    text = "folder of the tiles' feature maps (memory if they fit, else outputs/)"
     group.add_argument("--scratch", type=Path, metavar="DIR", help=text)
-    text = "read pictures of up to so many pixels, if you trust them (Pillow's limit)"
+    text = "read pictures of up to N pixels, if you trust them (Pillow's limit)"
     group.add_argument("--max_pixels", type=int, metavar="N", help=text)
 
 
@@ -338,17 +338,20 @@ def translate_pictures(
     if scratch is None and 2 * need > free_bytes(torch.device("cpu")):
         scratch = fallback or Path(tempfile.gettempdir())
     targets = targets or [np.empty((height, width, net.output_nc), kind) for _ in pictures]
+    training = net.training  # dropout and batch statistics are for training alone
     try:
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(scratch).free
             if need > free:
                 raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-        translate_tiles(net, pictures, targets, tile, dtype, scratch)
+        translate_tiles(net.eval(), pictures, targets, tile, dtype, scratch)
     except OSError as error:
         raise UserError(
             f"{width}x{height} pixels need more scratch space than {scratch} has "
             f"({error.strerror or error}): name another folder with --scratch, or scale the "
             "picture down with --size"
         ) from error
+    finally:
+        net.train(training)
     return targets
