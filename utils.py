@@ -525,7 +525,9 @@ class ReplayBuffer:
         self.random.setstate(state["random"])
 
 
-def lr_factor(policy: str, epoch: float, n_epochs: int, decay_epoch: int) -> float:
+def lr_factor(
+    policy: str, epoch: float, n_epochs: int, decay_epoch: int, half_size: float = 0
+) -> float:
     """What the learning rate is multiplied with after `epoch` epochs, a fraction within one.
 
     linear is the paper's (section 4): constant until `decay_epoch`, then straight towards 0.

@@ -29,7 +29,8 @@ from tiny import (
 )
 
 import utils
-from lib import logger
+from lib import logger, validation
+from models import load_generator
 from utils import UserError
 
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node=2"
@@ -190,7 +191,9 @@ def gradients(workdir: Path, optimizer: str) -> torch.Tensor:
 
 def test_two_ranks_are_one_large_batch(tmp_path):
     data = draw_set(tmp_path / "data", 2, 2)
-    options = "--pool_size 0 --n_epochs 1 --decay_epoch 0"
+    for letter in "AB":
+        shutil.copytree(data / f"test{letter}", data / f"val{letter}")
+    options = "--pool_size 0 --n_epochs 1 --decay_epoch 0 --eval_every 1"
     finish(torchrun(tmp_path / "two", f"--dataroot {data} {options}"))
     run(data, tmp_path / "one", options + " --batch_size 2")
     one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
@@ -207,6 +210,15 @@ def test_two_ranks_are_one_large_batch(tmp_path):
     apart, together = (logger.read_csv(tmp_path / n / "logs/losses.csv") for n in ("two", "one"))
     for name in ("D", "G", "adv", "cycle", "identity"):
         assert apart[name] == pytest.approx(together[name], rel=5e-6)  # of six digits
+    shared = logger.read_csv(tmp_path / "two" / "logs" / "metrics.csv")
+    nets = {
+        path.stem: load_generator(path) for path in (tmp_path / "two/models/best").glob("*.pth")
+    }
+    options = read_state(tmp_path / "two")["args"]
+    pairs = validation.find_pictures(data, options)
+    alone, _ = validation.measure(nets, pairs, options, torch.device("cpu"), None)
+    for name in ("mae_A2B", "identity_mae_A2B", "cycle_A2B", "mae_B2A", "cycle_B2A"):
+        assert shared[name] == [pytest.approx(alone[name], rel=5e-6)], name
 
 
 def test_stopped_and_typed_again(dataroot, tmp_path):
