@@ -245,6 +245,9 @@ class CycleGAN:
 # The loop
 
 
+WARM_UP = 15  # after --half_size the learning rate rises from 0 in 1/15 of the run
+
+
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
     one_size = args.preprocess not in ("none", "scale_width")
@@ -288,11 +291,13 @@ def train(args, state: dict | None) -> int:
         for epoch, sample in sampler.steps():
             done = epoch + sample / len(data)  # epochs, with their fraction
             lr = args.lr * utils.lr_factor(args.lr_policy, done, args.n_epochs, args.decay_epoch)
+            full = done / args.n_epochs - args.half_size  # share of the run so far at full size
+            if args.half_size and full >= 0:  # a change of size is a shock: D learns it slowly
+                lr *= min(1, WARM_UP * full)
             for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
                 group["lr"] = lr
             start = time.time()
-            scale = 2 if done < args.half_size * args.n_epochs else 1  # coarse first, then fine
-            batches = [next_batch(scale) for _ in range(args.accumulate)]
+            batches = [next_batch(2 if full < 0 else 1) for _ in range(args.accumulate)]
             log.waited += time.time() - start
             model.step(batches)
             log.bar.update()

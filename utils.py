@@ -525,9 +525,7 @@ class ReplayBuffer:
         self.random.setstate(state["random"])
 
 
-def lr_factor(
-    policy: str, epoch: float, n_epochs: int, decay_epoch: int, half_size: float = 0
-) -> float:
+def lr_factor(policy: str, epoch: float, n_epochs: int, decay_epoch: int) -> float:
     """What the learning rate is multiplied with after `epoch` epochs, a fraction within one.
 
     linear is the paper's (section 4): constant until `decay_epoch`, then straight towards 0.

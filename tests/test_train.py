@@ -365,7 +365,9 @@ def test_a_run_is_the_plain_loop(dataroot, tmp_path):
                 A = load("A", order[index % 5], rng, half)
                 pairs.append((A, load("B", j, rng, half)))
             for optimizer in (plain.optimizer_G, plain.optimizer_D_A, plain.optimizer_D_B):
-                optimizer.param_groups[0]["lr"] = 2e-4 * (1 if epoch == 0 else 1 - 2 * step / 5)
+                factor = 1 if epoch == 0 else 1 - 2 * step / 5
+                factor *= 1 if epoch == 0 else min(1, 15 * step / 5)  # warm-up at full size
+                optimizer.param_groups[0]["lr"] = 2e-4 * factor
             decay = min(0.9, (1 + len(steps)) / (10 + len(steps)))
             steps.append(plain.step(*map(torch.stack, zip(*pairs, strict=True))))
             with torch.no_grad():
