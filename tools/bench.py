@@ -54,7 +54,7 @@ class Plain:
         nets += [Discriminator(3, args.ndf) for _ in "AB"]
         nets = [init_weights(net).to(device) for net in nets]
         self.netG_A2B, self.netG_B2A, self.netD_A, self.netD_B = nets
-        adam = lambda params: torch.optim.Adam(params, args.lr, (args.beta1, 0.999))
+        adam = lambda params: torch.optim.Adam(params, args.lr, (args.beta1, args.beta2))
         self.optimizer_G = adam([*self.netG_A2B.parameters(), *self.netG_B2A.parameters()])
         self.optimizer_D_A = adam(self.netD_A.parameters())
         self.optimizer_D_B = adam(self.netD_B.parameters())
@@ -166,7 +166,8 @@ def keep_one(model: train.CycleGAN, name: str) -> None:
     for net in model.networks().values():
         layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
         net.to(memory_format=layout)
-    adam = {"lr": model.args.lr, "betas": (model.args.beta1, 0.999), "fused": name == "fused"}
+    betas = (model.args.beta1, model.args.beta2)
+    adam = {"lr": model.args.lr, "betas": betas, "fused": name == "fused"}
     model.optimizer_G = torch.optim.Adam(model.params_G, **adam)
     model.optimizer_D = torch.optim.Adam(model.params_D, **adam)
 
