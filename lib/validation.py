@@ -66,7 +66,8 @@ def measure(
 
     `nets` are netG_A2B and netG_B2A; `pairs` holds for A2B and B2A files that they have not seen,
     each with its ground truth or None; `options` are the run's. The score is the mean absolute
-    error against the ground truth where that is known, else the cycle error; both of 255.
+    error against the ground truth where that is known, else the SWD: the cycle error, which is 0 of
+    generators that change nothing, ranks epochs badly (docs/results.md).
     """
     measures, scores = {}, []
     for direction, files in pairs.items():
@@ -103,7 +104,7 @@ def measure(
         if swd[1]:
             found["swd"] = float(swd[0] / swd[1])  # over ranks, each of its share
         measures |= {f"{name}_{direction}": value for name, value in found.items()}
-        scores.append(found.get("mae", found["cycle"]))
+        scores.append(found.get("mae", found.get("swd", found["cycle"])))
     return measures, sum(scores) / len(scores)
 
 

@@ -205,3 +205,7 @@ def test_measures_equal_plain_arithmetic_and_leave_the_networks_as_they_were(spl
         assert measures[f"mae_{way}"] == pytest.approx(np.mean(mae), abs=0.01)
         assert measures[f"identity_mae_{way}"] == pytest.approx(np.mean(identity), abs=0.01)
     assert score == pytest.approx((measures["mae_A2B"] + measures["mae_B2A"]) / 2)
+    unpaired = {way: [(source, None) for source, _ in found] for way, found in pairs.items()}
+    measures, score = validation.measure(nets, unpaired, options, CPU, None)
+    assert "mae_A2B" not in measures
+    assert score == pytest.approx((measures["swd_A2B"] + measures["swd_B2A"]) / 2)
