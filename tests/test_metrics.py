@@ -94,12 +94,15 @@ def test_swd_tells_color_contrast_blur_and_real_apart():
     assert swd(lambda x: x, other[:3]) < 4 * noise  # fewer pictures, as many patches
 
 
-def test_swd_of_a_known_shift():
-    """All patches shifted by one deviation: the mean over directions of |sum of the direction|."""
-    real = [torch.randn(1000, 3, 49, generator=torch.Generator().manual_seed(0))]
-    found = metrics.sliced_wasserstein([real[0] + 1], real, 256)
-    # the sum of a random direction's 147 parts is normal with deviation 1: E|x| = sqrt(2 / pi)
-    assert found == pytest.approx(1000 * np.sqrt(2 / np.pi), rel=0.1)
+def test_swd_of_a_known_change():
+    """Twice the contrast and one deviation more: |p + s| of projections p, s the direction's sum.
+
+    Both are normal with deviation 1, so its mean is sqrt(2) sqrt(2 / pi); a second level is equal.
+    """
+    real = [torch.randn(1000, 3, 49, generator=torch.Generator().manual_seed(0))] * 2
+    expected = 1000 * np.sqrt(2) * np.sqrt(2 / np.pi) / 2
+    for fake in ([2 * real[0] + 1, real[1]], [real[0], 2 * real[1] + 1]):
+        assert metrics.sliced_wasserstein(fake, real, 256) == pytest.approx(expected, rel=0.1)
 
 
 def test_laplacian_pyramid_adds_up():

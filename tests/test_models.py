@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import (
     Clamp,
@@ -43,6 +44,12 @@ def test_discriminator_is_the_papers():
     assert [net.model[i].stride[0] for i in layers] == [2, 2, 2, 1, 1]
     with torch.no_grad():
         assert net(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+        z = x = torch.rand(2, 3, 40, 40)
+        for i in layers:  # no norm on the first, slopes of 0.2, nothing on the last
+            z = F.conv2d(z, net.model[i].weight, net.model[i].bias, net.model[i].stride, 1)
+            z = F.instance_norm(z) if 0 < i < 11 else z
+            z = F.leaky_relu(z, 0.2) if i < 11 else z
+        assert torch.allclose(net(x), z, atol=1e-5)
 
 
 def test_patch_is_70_pixels_wide():
@@ -152,6 +159,18 @@ def test_clamp_lets_gradients_back_into_the_range():
     y.backward(grad)
     assert y.tolist() == [-1, -1, 0.5, 0.5, 1, 1]
     assert x.grad.tolist() == [0, -1, 1, -1, 1, 0]
+
+
+def test_saturated_pixels_are_trained_back_into_the_range():
+    net, x = keeping().train(), torch.full((1, 3, 16, 16), 0.9)
+    set_head(net, mask=40, paint=-40)  # x + 2 tanh(z / 2), far above 1
+    bias = net.model[-2].bias
+    bias.data[:3] = 1
+    for sign in (1, -1):
+        y = net(x)
+        assert (y == 1).all()
+        (grad,) = torch.autograd.grad(sign * y.mean(), bias)
+        assert (grad[:3] > 0.1).all() if sign == 1 else not grad.any()
 
 
 @pytest.mark.parametrize("upsample", ["deconv", "nearest"])

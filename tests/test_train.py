@@ -1,6 +1,7 @@
 """The losses, the step and a whole run, number by number, against plain calculations."""
 
 import copy
+import functools
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import datasets
 import train
-from lib import options, translation, validation
+from lib import metrics, options, translation, validation
 from lib.logger import Logger, read_csv
 from tools.bench import Plain
 from train import CycleGAN, gan_loss
@@ -258,6 +259,14 @@ def test_buffer_fills_then_swaps_half_the_time():
     assert 430 < swaps < 570
 
 
+def test_a_batch_goes_through_the_buffer_as_its_pictures_one_by_one():
+    one, four = ReplayBuffer(6, seed=1), ReplayBuffer(6, seed=1)
+    for batch in torch.arange(40.0).view(10, 4, 1, 1, 1):
+        single = torch.cat([one.query(picture[None]) for picture in batch])
+        assert torch.equal(four.query(batch), single)
+    assert torch.equal(four.images, one.images)
+
+
 def test_buffer_keeps_its_own_copy_and_cuts_gradients():
     buffer = ReplayBuffer(1)
     fake = torch.zeros(1, 3, 2, 2, requires_grad=True)
@@ -282,9 +291,26 @@ def test_linear_schedule():
 def test_adam_is_the_papers():
     group = CycleGAN(tiny(), CPU).optimizer_D.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
+    model = CycleGAN(tiny("--lr", "0.1", "--beta1", "0.3", "--beta2", "0.9"), CPU)
+    for optimizer in (model.optimizer_G, model.optimizer_D):
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"]) == (0.1, (0.3, 0.9))
     args = train.parse_args([])
     assert (args.n_epochs, args.batch_size, args.pool_size) == (200, 1, 50)
     assert (args.lambda_cyc, args.lambda_id, args.load_size, args.size) == (10, 5, 286, 256)
+
+
+def test_ranks_share_weights_but_no_random_numbers():
+    """Dropout and the buffers' choices are each rank's own."""
+    models, dropout = [], []
+    for rank in (0, 1):
+        models.append(CycleGAN(tiny(), CPU, rank=rank, world_size=2))
+        dropout.append(torch.get_rng_state())
+    for name, net in models[0].networks().items():
+        for p, q in zip(net.parameters(), models[1].networks()[name].parameters(), strict=True):
+            assert torch.equal(p, q), name
+    assert not torch.equal(*dropout)
+    assert len({b.random.getstate() for m in models for b in (m.buffer_A, m.buffer_B)}) == 4
 
 
 def test_compiled_networks_keep_their_names():
@@ -326,6 +352,16 @@ def test_presets_give_way_to_what_is_typed():
     saved = train.parse_args(["--quick", "--n_epochs", "7"]).options
     resumed = train.parse_args(["--resume", "--ngf", "8"], saved)
     assert (resumed.n_epochs, resumed.ngf, resumed.lambda_cyc) == (7, 8, 3)
+    one = train.parse_args(["--lambda_A", "3"])
+    assert (one.lambda_A, one.lambda_B) == (3, 10)
+
+
+def test_epochs_that_follow_from_other_options(dataroot, tmp_path):
+    words = ["--dataroot", str(dataroot), "--workdir", str(tmp_path)]
+    prepare = lambda more: train.prepare(train.parse_args([*words, *more.split()]), None)
+    quick = prepare("--quick --batch_size 2")  # 1500 iterations, of five pictures
+    assert (quick.n_epochs, quick.options["n_epochs"], quick.decay_epoch) == (600, 600, 300)
+    assert prepare("--n_epochs 10 --half_size 0.7").decay_epoch == 7
 
 
 def test_a_run_is_the_plain_loop(dataroot, tmp_path):
@@ -393,7 +429,7 @@ def test_a_run_is_the_plain_loop(dataroot, tmp_path):
 
 def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
     """Scores 3, 1, 2: models/best has the averages of epoch 2; training goes on as training."""
-    scores, averages, training = iter([3.0, 1.0, 2.0]), [], []
+    scores, averages, training = iter([3.0, 1.0, 2.0, 1.5]), [], []
 
     def measure(nets, *more):
         averages.append({name: copy.deepcopy(net.state_dict()) for name, net in nets.items()})
@@ -406,6 +442,7 @@ def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "measure", measure)
     monkeypatch.setattr(CycleGAN, "step", step)
     assert tiny_runs.run(dataroot, tmp_path, "--eval_every 1 --sample_every 1 --ema 0.9") == 0
+    assert tiny_runs.resume(tmp_path, "--n_epochs 4") == 0  # the best score is part of the state
     for name, state in averages[1].items():
         best = torch.load(tmp_path / "models" / "best" / f"{name}.pth", weights_only=True)
         assert all(torch.equal(best[key], value) for key, value in state.items())
@@ -413,9 +450,9 @@ def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
             last = torch.load(tmp_path / "models" / other, weights_only=True)
             assert not all(torch.equal(best[key], value) for key, value in last.items())
     assert tiny_runs.read_state(tmp_path)["best"] == 1.0
-    assert len(training) == 12 and all(training)  # one of five pictures is set aside
+    assert len(training) == 16 and all(training)  # one of five pictures is set aside
     log = read_csv(tmp_path / "logs" / "metrics.csv")
-    assert log == {"epoch": [1, 2, 3], "iteration": [4, 8, 12], "cycle_A2B": [0.5] * 3}
+    assert log == {"epoch": [1, 2, 3, 4], "iteration": [4, 8, 12, 16], "cycle_A2B": [0.5] * 4}
 
 
 def test_weights_are_chosen_on_pictures_set_aside(dataroot, tmp_path, monkeypatch):
@@ -431,13 +468,15 @@ def test_weights_are_chosen_on_pictures_set_aside(dataroot, tmp_path, monkeypatc
         trained.append(domain.folder / domain.names[i])
         return read(domain, i)
 
+    few = functools.partial(metrics.sample_patches, n=64)
+    monkeypatch.setattr(metrics, "sample_patches", few)
     monkeypatch.setattr(translation, "translate_files", spy)
     monkeypatch.setattr(datasets.Domain, "read", spy_read)
-    assert tiny_runs.run(dataroot, tmp_path / "a", "--eval_every 1 --n_epochs 1") == 0
+    assert tiny_runs.run(dataroot, tmp_path / "a", "--eval_every 2 --n_epochs 2") == 0
     assert {path.parent.name for path in measured} == {"trainA", "trainB"} and len(measured) == 2
     assert len(set(trained)) == 4 + 3 and not set(trained) & set(measured)
     log = read_csv(tmp_path / "a" / "logs" / "metrics.csv")
-    assert {"cycle_A2B", "swd_A2B", "cycle_B2A", "swd_B2A"} <= log.keys()
+    assert {"cycle_A2B", "swd_A2B", "cycle_B2A", "swd_B2A"} <= log.keys() and log["epoch"] == [2]
 
     root = shutil.copytree(dataroot, tmp_path / "data")
     for letter in "AB":
@@ -446,6 +485,19 @@ def test_weights_are_chosen_on_pictures_set_aside(dataroot, tmp_path, monkeypatc
     trained.clear()
     assert tiny_runs.run(root, tmp_path / "b", "--eval_every 1 --n_epochs 1") == 0
     assert {path.parent.name for path in measured} == {"valA", "valB"} and len(set(trained)) == 9
+
+
+def test_how_many_are_set_aside(tmp_path):
+    """`--n_val`, a quarter at most, and the same ones each time."""
+    for domain, n in (("A", 40), ("B", 9)):
+        (tmp_path / f"train{domain}").mkdir()
+        for i in range(n):
+            (tmp_path / f"train{domain}" / f"{i}.png").touch()
+    options = {"eval_every": 1, "n_val": 8, "seed": 0}
+    aside = lambda domain, **more: validation.held_out(tmp_path, domain, options | more)
+    assert len(set(aside("A"))) == 8 and len(set(aside("B"))) == 2
+    assert len(aside("A", n_val=16)) == 10 and aside("A", eval_every=0) == []
+    assert aside("A") == aside("A") != aside("A", seed=1)
 
 
 @pytest.mark.parametrize(
@@ -474,12 +526,22 @@ def test_options_out_of_range(words, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_collapse_is_said(dataroot, tmp_path, capsys):
+def test_a_collapse_is_said(dataroot, tmp_path, capsys, monkeypatch):
     """Generators that change nothing are noticed; that they do is a column of the log."""
-    assert tiny_runs.run(dataroot, tmp_path, "--keep_source --n_epochs 1") == 0
-    assert min(read_csv(tmp_path / "logs" / "losses.csv")["change"]) > 0.5
+    checked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Logger, "check_change", lambda log, *change: checked.append(change))
+        assert tiny_runs.run(dataroot, tmp_path, "--keep_source --n_epochs 1") == 0
+    rows = read_csv(tmp_path / "logs" / "losses.csv")
+    assert min(rows["change"]) > 0.5
+    for found, *row in zip(checked, rows["iteration"], rows["change"], strict=True):
+        assert found == pytest.approx(tuple(row), rel=1e-5)
     args = train.parse_args(tiny_runs.words(dataroot, tmp_path))
     with Logger(args, 0, 0, 1000) as log:
+        for letter, shown in (("A", log.real_A), ("B", log.real_B)):  # the test split's
+            picture = datasets.load_image(dataroot / f"test{letter}" / "1.png")
+            picture = datasets.to_tensor(datasets.resize(picture, (24, 24)))
+            assert len(shown) == 2 and torch.equal(shown[1], picture)
         for iteration, change in ((100, 0.6), (200, 0.4), (350, 0.3), (399, 0.1)):
             log.check_change(iteration, change)
         assert "collapsed" not in capsys.readouterr().out

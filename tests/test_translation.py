@@ -10,7 +10,7 @@ from PIL import Image
 
 import datasets
 import test as test_script  # or pytest would collect it
-from lib import translation, validation
+from lib import metrics, translation, validation
 from lib.translation import Translation
 from models import Generator, init_weights, translate
 from utils import UserError
@@ -75,7 +75,12 @@ def test_ground_truth_is_found_measured_and_shown(models, tmp_path, capsys):
     fake = np.asarray(Image.open(tmp_path / "outputs/B/1_A.png")).astype(float)
     assert (fake == plain(make_net(0), source)).all()
     error, identity = abs(fake - truth).mean(), abs(source - truth.astype(float)).mean()
-    assert f"whole picture {error:.2f} (identity {identity:.2f})" in capsys.readouterr().out
+    changed = (abs(source - truth.astype(float)) > 12).any(axis=2)  # (20, 24)
+    line = f"of 255: whole picture {error:.2f} (identity {identity:.2f})"
+    for words, mask in (("where they differ", changed), ("elsewhere", ~changed)):
+        errors = (abs(picture - truth.astype(float))[mask].mean() for picture in (fake, source))
+        line += ", {} {:.2f} (identity {:.2f})".format(words, *errors)
+    assert line in capsys.readouterr().out
     strip = np.asarray(Image.open(tmp_path / "outputs/cycle/A2B_1_A.png"))
     rec = plain(make_net(1), fake.astype(np.uint8))
     assert (strip == np.hstack([source, fake, rec, truth])).all()
@@ -174,7 +179,9 @@ def split(tmp_path_factory) -> Path:
     return root
 
 
-def test_measures_equal_plain_arithmetic_and_leave_the_networks_as_they_were(split):
+def test_measures_equal_plain_arithmetic_and_leave_the_networks_as_they_were(split, monkeypatch):
+    few = functools.partial(metrics.sample_patches, n=256)
+    monkeypatch.setattr(metrics, "sample_patches", few)
     options = {"preprocess": "resize_and_crop", "size": 16}
     nets = {"netG_A2B": make_net(0, dropout=True), "netG_B2A": make_net(1, norm="batch")}
     nets["netG_A2B"].train()
@@ -194,9 +201,10 @@ def test_measures_equal_plain_arithmetic_and_leave_the_networks_as_they_were(spl
     )
     for way in ("A2B", "B2A"):
         net, back = nets[f"netG_{way}"], nets[f"netG_{way[::-1]}"]
-        mae, identity, cycle = [], [], []
+        mae, identity, cycle, fakes = [], [], [], []
         for source, truth in pairs[way]:
             fake = plain(net, load(source).astype(np.uint8))
+            fakes.append(fake)
             cycle.append(abs(plain(back, fake) - load(source)).mean())
             if truth:
                 mae.append(abs(fake - load(truth)).mean())
@@ -204,6 +212,12 @@ def test_measures_equal_plain_arithmetic_and_leave_the_networks_as_they_were(spl
         assert measures[f"cycle_{way}"] == pytest.approx(np.mean(cycle), abs=0.01)
         assert measures[f"mae_{way}"] == pytest.approx(np.mean(mae), abs=0.01)
         assert measures[f"identity_mae_{way}"] == pytest.approx(np.mean(identity), abs=0.01)
+        reals = [load(target) for target, _ in pairs[way[::-1]]]
+        found, real = (
+            metrics.sample_patches([torch.from_numpy(x).permute(2, 0, 1) for x in pictures])
+            for pictures in (fakes, reals)
+        )
+        assert measures[f"swd_{way}"] == pytest.approx(metrics.sliced_wasserstein(found, real))
     assert score == pytest.approx((measures["mae_A2B"] + measures["mae_B2A"]) / 2)
     unpaired = {way: [(source, None) for source, _ in found] for way, found in pairs.items()}
     measures, score = validation.measure(nets, unpaired, options, CPU, None)
