@@ -488,6 +488,14 @@ def test_samples(dataroot, tmp_path):
     assert torch.equal(before, torch.get_rng_state())  # a resumed run has the same dropout
 
 
+def test_ranks_share_each_step():
+    """Of accumulated batches too: those of two ranks in turn are those of one process."""
+    keys = lambda *rank: list(datasets.RunSampler(5, 2, 8, range(2), 0, *rank))
+    first, second = keys(0, 2), keys(1, 2)
+    assert [batch for pair in zip(first, second, strict=True) for batch in pair] == keys()
+    assert len(first) == 4 and first[1] == [(0, 4), (0, 5)]
+
+
 def test_time_waiting_is_printed(dataroot, tmp_path, capsys):
     tiny.run(dataroot, tmp_path, "--n_epochs 1")
     assert re.search(r"\d+\.\d% of the time waiting for data", capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """Volumes, rasters and films: the files are made, and what is written is read, by the libraries."""
 
+import argparse
 import gzip
 import json
 import os
@@ -19,11 +20,13 @@ import tiny
 import torch
 from PIL import Image
 
+import datasets
 import test
+import utils
 from lib import formats
 from lib.formats import UnreadableImage
-from lib.translation import SharedNorm, share_norm, translate_array
-from models import Generator, init_weights
+from lib.translation import SharedNorm, share_norm, translate_array, translate_batch
+from models import Generator, init_weights, load_generator
 from tools import export
 from tools import frames as save_frames
 from utils import UserError
@@ -716,6 +719,13 @@ def test_training_on_volumes(tmp_path):
     channels = "--input_nc 1 --output_nc 1"
     with pytest.raises(UserError, match=r"floats: say with --range_A LO HI.*maximum [\d.]+, perc"):
         tiny.run(data, tmp_path / "refused", channels)
+    options = argparse.Namespace(preprocess="none", load_size=0, size=0, axis=0)
+    skipped, limits = tmp_path / "skipped.txt", (-1000, 1000)
+    domain = datasets.Domain(data, "trainA", 1, options, skipped, limits)
+    assert len(domain) == 80  # across the first axis; the sixth slice of the second volume
+    plane = formats.read(data / "trainA" / "1.nii.gz", axis=0)[5].astype(float) / 1000
+    resized = datasets.resize(plane.astype(np.float32), (44, 32))  # 3 rows are too few to train on
+    assert np.allclose(domain[45].permute(1, 2, 0), resized, atol=1e-5)
     options = run_twice(data, tmp_path, f"{channels} --range_A -1000 1000 --range_B 0 300")
     assert options["range_A"] == [-1000, 1000] and options["range_B"] == [0, 300]
     assert len((tmp_path / "whole" / "logs" / "losses.csv").read_text().splitlines()) == 17
@@ -723,6 +733,15 @@ def test_training_on_volumes(tmp_path):
     assert after.shape == (40, 44, 3) and after.get_data_dtype() == np.int16
     assert np.allclose(after.affine, AFFINE)
     assert after.get_fdata().min() >= 0 and 10 < after.get_fdata().max() <= 300
+    net = load_generator(tmp_path / "whole" / "models" / "netG_A2B_ema.pth")
+    slices = [p.clip(-1000, 1000) for p in formats.read(data / "testA" / "0.nii.gz")]
+    slices = [datasets.resize(p.astype(np.float32) / 1000, (64, 64)) for p in slices]
+    dtype = utils.pick_precision("auto", torch.device("cpu"))
+    for joint in (True, False):  # --volume_norm is what was typed
+        fakes = translate_batch(net, slices, torch.device("cpu"), dtype, np.float32, joint)
+        fakes = [datasets.resize(fake, (40, 44))[..., 0] for fake in fakes]
+        wanted = np.stack([np.rot90(fake, -1) for fake in fakes], axis=2) * 150 + 150
+        assert (abs(after.get_fdata() - wanted).max() < 1) == joint
     after = nibabel.load(tmp_path / "whole" / "outputs" / "A" / "0.nii")
     assert after.get_data_dtype() == np.float32 and -1000 <= after.get_fdata().min() < 0
 

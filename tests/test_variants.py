@@ -19,7 +19,7 @@ import models
 import test as test_script
 import train
 import utils
-from lib import logger
+from lib import checkpoint, logger
 
 CPU = torch.device("cpu")
 TINY = "--ngf 4 --ndf 4 --size 32 --load_size 36 --n_epochs 1 --no_tensorboard --amp off "
@@ -336,6 +336,9 @@ def test_direction_swaps_the_folders(run, rgb, tmp_path):
     assert sorted(p.name for p in (outputs / "B").iterdir()) == ["b0.png", "b1.png"]
     assert sorted(p.name for p in (outputs / "A").iterdir()) == ["a0.png", "a1.png"]
     assert json.loads((tmp_path / "models" / "options.json").read_text())["direction"] == "BtoA"
+    grid = np.asarray(Image.open(tmp_path / "images" / "latest.png"))
+    columns = [grid[20:148, 4 + 132 * i :][:, :128].mean() for i in (0, 3)]  # real A, real B
+    assert columns[0] > 170 and columns[1] < 85
 
 
 @pytest.mark.parametrize(
@@ -659,6 +662,9 @@ def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
     for name, net in model.networks().items():
         assert same_weights(net, theirs[name]) == (name in names)
     round_trip(model, tmp_path)
+    keeping, (x, _) = make_model("--keep_source").netG_A2B, random_pictures()
+    keeping.load_state_dict(checkpoint.read_initial(folder, "netG_A2B", keeping, True))
+    assert (keeping(x) - theirs["netG_A2B"](x)).abs().max() < 0.01
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tiny import (
 )
 
 import utils
-from lib import logger, validation
+from lib import checkpoint, logger, validation
 from models import load_generator
 from utils import UserError
 
@@ -178,6 +178,8 @@ def test_ranks_stop_together(target, dataroot, tmp_path):
     )
     rows = logger.read_csv(tmp_path / "logs" / "losses.csv")["iteration"]
     assert state["iteration"] == rows[-1]
+    own = [plain(checkpoint.load_run(tmp_path, rank)["rank"]) for rank in range(4)]
+    assert own[0] == own[2] != own[1] == own[3]  # more ranks share what there is
     assert resume(tmp_path, f"--n_epochs {state['epoch'] + 1}") == 0
     rows = logger.read_csv(tmp_path / "logs" / "losses.csv")["iteration"]
     assert rows == list(range(1, int(rows[-1]) + 1)) and rows[-1] > state["iteration"]

@@ -1,5 +1,6 @@
 """A run that is stopped, anyhow and anywhere, loses nothing."""
 
+import math
 import multiprocessing
 import os
 import random
@@ -84,10 +85,13 @@ def test_stopped_again_and_again(name, dataroot, tmp_path, stop_at):
         assert resume(workdir) == 143
     assert resume(workdir) == 0
     assert differences(wanted, outcome(workdir)) == []
-    lr, whole = (
-        read_csv(tmp_path / name / "logs/losses.csv")["lr"] for name in ("stopped", "whole")
-    )
-    assert lr == whole and len(lr) == last and lr[-1] < 0.5 * lr[0]
+    log, whole = (read_csv(tmp_path / name / "logs/losses.csv") for name in ("stopped", "whole"))
+    lr = log["lr"]
+    assert lr == whole["lr"] and len(lr) == last and lr[-1] < 0.5 * lr[0]
+    assert log["seconds"] == sorted(log["seconds"])  # those of the parts add up
+    if "--half_size 0.5" in RUNS[name]:  # 1/30 of the run after the change: half of the warm-up
+        cosine = [1e-4 * (1 + math.cos(math.pi * i / 15)) for i in (7, 8, 9)]
+        assert lr[7:10] == pytest.approx([cosine[0], cosine[1] / 2, cosine[2]], rel=1e-5)
 
 
 def test_stopped_at_each_iteration(tmp_path, stop_at):
@@ -98,6 +102,7 @@ def test_stopped_at_each_iteration(tmp_path, stop_at):
         workdir = tmp_path / str(stop)
         stop_at(stop, signal.SIGINT)
         assert run(dataroot, workdir, "--dropout --n_epochs 2") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
         assert read_state(workdir)["iteration"] == stop
         assert resume(workdir) == 0
         assert differences(wanted, outcome(workdir)) == [], f"stopped at {stop}"
@@ -145,17 +150,27 @@ def test_options_come_from_the_run(dataroot, tmp_path, capsys, stop_at):
     assert lr[-1] == pytest.approx(0.002 * 0.2), "four fifths of the falling epoch"
 
 
-@pytest.mark.parametrize(
-    "option", ["--ngf 4", "--n_residual_blocks 2", "--norm batch", "--upsample nearest", "--ndf 4"]
-)
-def test_architecture_cannot_change(option, dataroot, tmp_path):
+def test_architecture_cannot_change(dataroot, tmp_path):
     undisturbed(dataroot, "--n_epochs 1", tmp_path)
     before = (tmp_path / "models" / "train_state.pth").read_bytes()
-    name, new = option.split()
-    with pytest.raises(UserError, match=f"{name} is .* and cannot become {new}.*another --workdir"):
-        resume(tmp_path, option)
+    changes = ["ngf 4", "n_residual_blocks 2", "norm batch", "upsample nearest", "ndf 4"]
+    changes += ["direction BtoA", "range_B 0 9", "axis 0", "keep_source", "dropout", "netD pixel"]
+    for change in changes:
+        name = change.split()[0]
+        with pytest.raises(UserError, match=f"--{name} is .* cannot become .*another --workdir"):
+            resume(tmp_path, f"--{change}")
     assert (tmp_path / "models" / "train_state.pth").read_bytes() == before
     assert resume(tmp_path, "--ngf 2 --ndf 2") == 0  # what it is already may be said again
+
+
+def test_files_of_a_rank_are_kept_for_two_saves(tmp_path):
+    """Those of the newest state, and of the one before, which a resume falls back to."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for iteration in (0, 5, 10, 15):
+        checkpoint.write_rank(tmp_path, 1, {"iteration": iteration})
+        os.utime(models / f"rank1_{iteration}.pth", (iteration, iteration))
+    assert {path.name for path in models.iterdir()} == {"rank1_10.pth", "rank1_15.pth"}
 
 
 def test_longer_run(dataroot, tmp_path, capsys):
