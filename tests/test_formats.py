@@ -1,6 +1,7 @@
 """Volumes, rasters and films: the files are made, and what is written is read, by the libraries."""
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -23,7 +24,7 @@ from PIL import Image
 import datasets
 import test
 import utils
-from lib import formats
+from lib import formats, metrics, validation
 from lib.formats import UnreadableImage
 from lib.translation import SharedNorm, share_norm, translate_array, translate_batch
 from models import Generator, init_weights, load_generator
@@ -707,7 +708,7 @@ def run_twice(data: Path, tmp_path: Path, options: str, typed: bool = False) -> 
     return json.loads((tmp_path / "whole" / "models" / "options.json").read_text())
 
 
-def test_training_on_volumes(tmp_path):
+def test_training_on_volumes(tmp_path, monkeypatch):
     """CT-like int16 to MR-like float32, then the test split, its volumes in the target's units."""
     data = tmp_path / "set"
     for split, n in (("train", 2), ("test", 1)):
@@ -742,6 +743,21 @@ def test_training_on_volumes(tmp_path):
         fakes = [datasets.resize(fake, (40, 44))[..., 0] for fake in fakes]
         wanted = np.stack([np.rot90(fake, -1) for fake in fakes], axis=2) * 150 + 150
         assert (abs(after.get_fdata() - wanted).max() < 1) == joint
+
+    few = functools.partial(metrics.sample_patches, n=64)  # measures of the slices in the middle
+    monkeypatch.setattr(metrics, "sample_patches", few)
+    back = load_generator(tmp_path / "whole" / "models" / "netG_B2A_ema.pth")
+    files = {"A2B": data / "testA" / "0.nii.gz", "B2A": data / "testB" / "0.nii"}
+    pairs = {way: [(path, None)] for way, path in files.items()}
+    nets, device = {"netG_A2B": net, "netG_B2A": back}, torch.device("cpu")
+    measures, _ = validation.measure(nets, pairs, options, device, dtype)
+    (fake,) = translate_batch(net, slices[1:2], device, dtype)
+    (rec,) = translate_batch(back, [fake], device, dtype)
+    cycle = abs(rec - slices[1]).mean() * 127.5
+    assert measures["cycle_A2B"] == pytest.approx(float(cycle), rel=1e-4)
+    real = datasets.resize(formats.read(files["B2A"])[2] / 150 - 1, (64, 64))
+    patches = (metrics.sample_patches([validation.as_pixels(x, 64)]) for x in (fake, real))
+    assert measures["swd_A2B"] == pytest.approx(metrics.sliced_wasserstein(*patches), rel=1e-4)
     after = nibabel.load(tmp_path / "whole" / "outputs" / "A" / "0.nii")
     assert after.get_data_dtype() == np.float32 and -1000 <= after.get_fdata().min() < 0
 
@@ -826,7 +842,8 @@ def test_ranges_of_an_exported_network(tmp_path, monkeypatch):
 
 
 def test_films_and_their_frames(net, tmp_path, capsys):
-    film = save_film(tmp_path / "clip.webm", [scene(t) for t in range(8)], "4", codec="libvpx")
+    film = [*(scene(t) for t in range(7)), scene(7) // 4]  # dark at the end
+    film = save_film(tmp_path / "clip.webm", film, "4", codec="libvpx")
     torch.save(net.state_dict(), tmp_path / "net.pth")
     words = ["--workdir", tmp_path, "--weights", tmp_path / "net.pth", "--input", film]
     words = [str(word) for word in [*words, "--device", "cpu", "--amp", "off"]]
@@ -839,6 +856,10 @@ def test_films_and_their_frames(net, tmp_path, capsys):
     first = translate_array(net, next(iter(formats.read(film))))  # its statistics are its own
     blocks = lambda p: p.astype(float).reshape(6, 8, 8, 8, 3).mean((1, 3))  # a film keeps these
     assert abs(blocks(frames[0][:, 64:]) - blocks(first)).max() < 6 < blocks(first).std()
+    for keep in (0.9, 0):  # as typed; the dark frame's own statistics would make it bright
+        moving = share_norm(net, keep)
+        last = [translate_array(moving, picture) for picture in formats.read(film)][-1]
+        assert (abs(blocks(frames[7][:, 64:]) - blocks(last)).max() < 6) == (keep == 0.9)
     assert (tmp_path / "result" / "A2B_clip.png").exists()
 
     save_frames.main(

@@ -68,6 +68,8 @@ def test_patch_is_70_pixels_wide():
 def test_discriminator_maps(netD, n_layers_D, height):
     net = Discriminator(1, 4, netD, n_layers_D)
     assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 1, height, height)
+    widths = [layer.out_channels for layer in net.model if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == ([4, 8, 1] if netD == "pixel" else [4, 8, 16, 32, 32][: len(widths) - 1] + [1])
 
 
 def test_generator_range_and_residual():

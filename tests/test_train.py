@@ -323,11 +323,16 @@ def test_compiled_networks_keep_their_names():
 
 def test_bf16_step_is_close_to_float32():
     plain, mixed = CycleGAN(tiny(), CPU), CycleGAN(tiny(), CPU, torch.bfloat16)
+    types = []
+    for name, net in mixed.networks().items():
+        layer = net.model["G" in name]  # the first convolution
+        layer.register_forward_hook(lambda layer, x, y: types.append(y.dtype))
     a, b = plain.step([pictures()]), mixed.step([pictures()])
     for name in a:
         assert b[name].dtype == torch.float32
         assert b[name].item() == pytest.approx(a[name].item(), rel=0.02), name
     assert all(p.dtype == torch.float32 for p in mixed.params_G)
+    assert len(types) == 4 + 2 + 2 and set(types) == {torch.bfloat16}
 
 
 def test_classic_is_short_for_its_options():
@@ -549,4 +554,6 @@ def test_a_collapse_is_said(dataroot, tmp_path, capsys, monkeypatch):
         message = capsys.readouterr().out
         assert "since iteration 100" in message and "lower --lambda_cyc" in message
         log.check_change(450, 0.1)
+        log.args.output_nc = 1  # nothing to compare with
+        log.check_change(9000, 0.0)
     assert "collapsed" not in capsys.readouterr().out, "printed once, not at every row"
