@@ -189,6 +189,9 @@ def test_unwritable_workdir(fruit, tmp_path):
         (("--weights", "nowhere.pth", "--input", "."), "holds no picture"),
         (("--input", "nowhere", "--models", "."), "there is no --input nowhere"),
         (("--dataroot", "nowhere", "--models", "."), "there is no folder nowhere/testA"),
+        (("--size", "-1"), "--size is -1, but must not be negative"),
+        (("--smooth", "1"), "--smooth is 1.0, but must be at least 0 and below 1"),
+        (("--range_A", "5", "1"), "--range_A 5 1: LO must be below HI"),
     ],
 )
 def test_test_refuses(words, message, tmp_path, monkeypatch):

@@ -523,6 +523,10 @@ def test_how_many_are_set_aside(tmp_path):
         ("--save_minutes -1", "--save_minutes is -1"),
         ("--lr_policy step --decay_epoch -1", "--decay_epoch is -1"),
         ("--accumulate 0", "--accumulate is 0, but must be at least 1"),
+        ("--range_B 5 1", r"--range_B \[5.0, 1.0\]: LO must be below HI"),
+        ("--keep_source --netG unet_256", "--keep_source needs a ResNet generator"),
+        ("--keep_source --output_nc 1", "equal --input_nc, --output_nc"),
+        ("--half_size 0.5 --preprocess none", "--half_size 0"),
     ],
 )
 def test_options_out_of_range(words, message, tmp_path):

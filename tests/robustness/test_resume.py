@@ -199,7 +199,12 @@ def test_other_pictures(dataroot, tmp_path, stop_at):
     more = f"--dataroot {fewer} --ema 0 --pool_size 2 --amp bf16"
     assert resume(tmp_path / "run", more) == 0
     assert read_state(tmp_path / "run")["iteration"] == 4 + 3 + 3
-    assert not list((tmp_path / "run" / "models").glob("*_ema.pth"))  # test.py would prefer them
+    models = tmp_path / "run" / "models"
+    assert not list(models.glob("*_ema.pth"))  # test.py would prefer them
+    assert resume(tmp_path / "run", "--n_epochs 4 --ema 0.9 --lr 0") == 0  # averages begin there
+    for name, weight in utils.load_tensors(models / "netG_A2B.pth").items():
+        average = utils.load_tensors(models / "netG_A2B_ema.pth")[name]
+        assert torch.allclose(average, weight, atol=1e-6), name
 
 
 def test_used_workdir(dataroot, tmp_path):
@@ -211,7 +216,14 @@ def test_used_workdir(dataroot, tmp_path):
         run(dataroot, tmp_path, "--resume --restart")
     assert exit.value.code == 2
     assert differences(before, outcome(tmp_path)) == []
+    stale = "models/best/netG_A2B.pth images/epoch_009.png logs/metrics.csv logs/skipped.txt "
+    stale += "outputs/cycle/A2B_x.png result/A2B_x.png result/metrics.json models/rank1_5.pth"
+    for name in (*stale.split(), "result/mine.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     assert run(dataroot, tmp_path, "--restart --n_epochs 1 --seed 5 --ema 0") == 0
+    assert [name for name in stale.split() if (tmp_path / name).exists()] == []
+    assert (tmp_path / "result" / "mine.png").exists()
     assert read_state(tmp_path)["args"]["seed"] == 5 and read_state(tmp_path)["iteration"] == 5
     assert len((tmp_path / "logs" / "losses.csv").read_text().splitlines()) == 6
     assert not (tmp_path / "models" / "netG_A2B_ema.pth").exists()
