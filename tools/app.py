@@ -24,7 +24,7 @@ from models import load_generator
 from utils import UserError
 
 EXAMPLES = 10  # of each domain
-HEIGHT = 310  # of a picture on the page
+HEIGHT = 260  # of a picture on the page
 # enlarge small pictures too, align all at the top
 CSS = ".image-frame img { width: 100%; height: 100%; object-fit: contain; object-position: top }"
 SHOWN = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # what browsers can draw
@@ -141,17 +141,17 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             checkpoint = gr.Dropdown(labels(), label="checkpoint")
         kind = {"height": HEIGHT, "interactive": False, "buttons": ["fullscreen"]}
         with gr.Row():
-            with gr.Column(min_width=240):
+            with gr.Column(min_width=200):
                 below = 56  # as high as what is below the others
                 sources = ["upload", "webcam", "clipboard"]
                 source = gr.Image(label="source", sources=sources, height=HEIGHT + below)
-            with gr.Column(min_width=240):
+            with gr.Column(min_width=200):
                 fake = gr.Image(label="translation", format="png", **kind)
                 download = gr.DownloadButton("Download PNG", interactive=False)
-            with gr.Column(min_width=240):
+            with gr.Column(min_width=200):
                 rec = gr.Image(label="back again", format="png", **kind)
                 note = gr.Markdown()
-            with gr.Column(min_width=240, visible=bool(options.get("keep_source"))):
+            with gr.Column(min_width=200, visible=bool(options.get("keep_source"))):
                 change = gr.Image(label="change", format="png", **kind)
                 gr.Markdown("Black: as the source.")
         # raw uploads: Gradio would decode and turn them in its own way
