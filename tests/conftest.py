@@ -1,5 +1,9 @@
 """Options and fixtures of the tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two share the cores
+
 import pytest
 import tiny
 

@@ -97,12 +97,13 @@ def test_stopped_again_and_again(name, dataroot, tmp_path, stop_at):
 def test_stopped_at_each_iteration(tmp_path, stop_at):
     """One run for each iteration that it can be stopped at."""
     dataroot = draw_set(tmp_path / "data", 3, 2)
+    before = signal.getsignal(signal.SIGINT)
     wanted = undisturbed(dataroot, "--dropout --n_epochs 2", tmp_path / "whole")
     for stop in range(1, 7):
         workdir = tmp_path / str(stop)
         stop_at(stop, signal.SIGINT)
         assert run(dataroot, workdir, "--dropout --n_epochs 2") == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+        assert signal.getsignal(signal.SIGINT) is before
         assert read_state(workdir)["iteration"] == stop
         assert resume(workdir) == 0
         assert differences(wanted, outcome(workdir)) == [], f"stopped at {stop}"
