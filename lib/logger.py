@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
+from lib import metrics
 from lib.checkpoint import WriterThread
 from models import translate
 from utils import UserError
@@ -112,7 +113,7 @@ def generate_samples(model, real_A: torch.Tensor, real_B: torch.Tensor) -> dict:
         fake = translate(net, real.to(model.device), model.dtype)
         columns |= {f"real {A}": real, f"fake {B}": fake.cpu()}
         if model.args.keep_source:
-            columns[f"change of {A}"] = (fake.cpu() - real).abs().mean(1, keepdim=True) * 2 - 1
+            columns[f"change of {A}"] = metrics.change(fake.cpu(), real)
         columns[f"recovered {A}"] = translate(back, fake, model.dtype).cpu()
     return columns
 

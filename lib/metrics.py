@@ -64,14 +64,18 @@ def similarity(picture: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {"psnr": 100.0 if same else peak_signal_noise_ratio(truth, picture), "ssim": float(ssim)}
 
 
-def change(fake: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Return where a translation differs from its source, (H, W, C) both, as sample grids show it.
+def change(fake: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Return where a translation differs from its source, both (..., C, H, W) in [-1, 1].
 
-    (H, W, 1) uint8: the mean over channels of the absolute difference, black where there is none,
-    white from half of the range on.
+    (..., 1, H, W): the mean over channels of the absolute difference, -1 (black) where there is
+    none, 1 (white) from half of the range on.
     """
-    difference = (datasets.to_tensor(fake) - datasets.to_tensor(source)).abs()  # (C, H, W)
-    return datasets.to_array(difference.mean(0, keepdim=True) * 2 - 1)
+    return (fake - source).abs().mean(-3, keepdim=True) * 2 - 1
+
+
+def draw_change(fake: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Return `change` of two pictures (H, W, C) as (H, W, 1) uint8."""
+    return datasets.to_array(change(datasets.to_tensor(fake), datasets.to_tensor(source)))
 
 
 # ------------------------------------------------------------------------------------------------

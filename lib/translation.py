@@ -107,20 +107,18 @@ def find_ranges(options: dict, direction: str, net=None) -> tuple[tuple | None, 
 # Translating files
 
 
-def prepare(
-    path: Path, channels: int, options: dict, size: int | None, limits: tuple | None = None
-) -> np.ndarray:
-    """Decode a picture at the scale it is to be translated at, (H, W, channels); see load_image.
+def prepare(path: Path, channels: int, options: dict, limits: tuple | None = None) -> np.ndarray:
+    """Decode a picture at the scale of the run's `options`, (H, W, channels); see load_image."""
+    axis = options.get("axis", -1)
+    return fit(datasets.load_image(path, channels, limits, axis=axis), options, None)
+
+
+def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
+    """Resize a decoded picture to the scale it is to be translated at.
 
     `size` makes the shorter side that long; 0 leaves the picture as it is; None does what training
     did, without crop and flip (`options` are the run's; without any the picture is left as it is).
     """
-    axis = options.get("axis", -1)
-    return fit(datasets.load_image(path, channels, limits, axis=axis), options, size)
-
-
-def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
-    """Resize a decoded picture as `prepare` does."""
     height, width = picture.shape[:2]
     if size:
         scale = size / min(height, width)

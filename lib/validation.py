@@ -1,6 +1,7 @@
 """Measure generators during training, on pictures that they have not seen."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,9 +74,7 @@ def measure(
     for direction, files in pairs.items():
         net, back = nets[f"netG_{direction}"], nets[f"netG_{direction[::-1]}"]
         limits, target_limits = tr.find_ranges(options, direction)
-        load = lambda path, channels=net.input_nc, limits=limits: tr.prepare(
-            path, channels, options, None, limits
-        )
+        load = functools.partial(tr.prepare, channels=net.input_nc, options=options, limits=limits)
         sums, cycle, swd = np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)  # last two: sum, number
         files, fakes = utils.share(files), []
         sources = [source for source, _ in files]
@@ -93,8 +92,8 @@ def measure(
         found |= {f"identity_{name}": value for name, value in identity.items()}
         found["cycle"] = float(cycle[0] / cycle[1]) if cycle[1] else float("nan")
         targets = [source for source, _ in pairs[direction[::-1]]]
-        load = lambda path, channels=net.output_nc, limits=target_limits: tr.prepare(
-            path, channels, options, None, limits
+        load = functools.partial(
+            tr.prepare, channels=net.output_nc, options=options, limits=target_limits
         )
         reals = [as_pixels(picture, options["size"]) for picture in load_all(targets, load)]
         if fakes and reals:

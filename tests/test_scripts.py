@@ -97,7 +97,7 @@ def test_train_then_test(fruit, tmp_path):
     assert pair.size == (64, 32)
     left = np.asarray(pair)[:, :32]
     assert (left == np.asarray(Image.open(tmp_path / "outputs" / "B" / "A0.png"))).all()
-    source = translation.prepare(fruit / "testA" / "A0.jpg", 3, {}, None)
+    source = translation.prepare(fruit / "testA" / "A0.jpg", 3, {})
     shrunk = np.asarray(Image.fromarray(source).resize((32, 32), Image.Resampling.BICUBIC))
     assert abs(np.asarray(pair)[:, 32:].astype(int) - shrunk).max() <= 1
 

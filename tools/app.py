@@ -116,7 +116,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             fake = translate(net, source)
             note += f", {time.perf_counter() - start:.1f} s on {device}"
             same = fake.shape == source.shape  # numbers of channels may differ
-            change = datasets.to_rgb(metrics.change(fake, source)) if same else None
+            change = datasets.to_rgb(metrics.draw_change(fake, source)) if same else None
             cycle = back.exists() and back != weights
             with tempfile.TemporaryDirectory() as folder:  # Gradio keeps its own copy
                 result = Path(folder) / f"{path.stem}_{way}{formats.file_suffix(fake.shape[2])}"

@@ -121,7 +121,7 @@ def embed(path: Path, name: str, heads: list[str] | None = None, changed=False) 
         return []
     if changed and pixels.shape[1] % len(heads) == 0:
         parts = dict(zip(heads, np.hsplit(pixels, len(heads)), strict=True))
-        change = metrics.change(parts["translation"], parts["source"])
+        change = metrics.draw_change(parts["translation"], parts["source"])
         pixels, heads = np.hstack([pixels, datasets.to_rgb(change)]), [*heads, "change"]
     height, width = pixels.shape[:2]
     if width > WIDEST:
