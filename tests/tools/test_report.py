@@ -67,6 +67,7 @@ def write(path: Path, text: str) -> None:
 
 def make_run(folder: Path) -> Path:
     options = {"dataroot": "/pictures/fruit", "size": 64, "netG": "resnet_9blocks", "n_epochs": 9}
+    options |= {"n_residual_blocks": 4}
     write(folder / "models/options.json", json.dumps({**options, "workers": 0, "no_flip": False}))
     log = "epoch,iteration,D,G,seconds\n1,50,0.5,4,10\n3,150,0.25,3,7500.5\n4,2"
     write(folder / "logs/losses.csv", log)
@@ -101,7 +102,7 @@ def test_a_whole_page_that_needs_nothing_else(tmp_path):
     assert len(links) == 8 and all(link.startswith("data:image/") for link in links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "://" not in path.read_text() and "url(" not in path.read_text()
-    for text in ("CycleGAN: fruit", "resnet_9blocks, 64 x 64", FACTS, "0.25"):
+    for text in ("CycleGAN: fruit", "resnet_9blocks with 4 blocks, 64 x 64", FACTS, "0.25"):
         assert text in page.texts
     for name, value in (("workers", "0"), ("no_flip", "False")):
         assert page.texts[page.texts.index(name) + 1] == value
