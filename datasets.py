@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from lib import formats
 from lib.formats import UnreadableImage
-from utils import UserError, worker_context, writing
+from lib.processes import worker_context
+from utils import UserError, writing
 
 EXTENSIONS = formats.PICTURES + formats.UNITS
 

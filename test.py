@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import formats, metrics, stacks, tiling
+from lib import formats, metrics, processes, stacks, tiling
 from lib import translation as tr
 from models import load_generator
 from utils import UserError
@@ -118,7 +118,8 @@ def main(args: argparse.Namespace) -> int:
     stacks.check_options(args)
     if args.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
-    device, dtype, rank, world_size = utils.setup(args)
+    rank, world_size = processes.join_processes()
+    device, dtype = utils.setup(args)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
         raise UserError(f"there is no folder {models}: train first, or name --models or --weights")

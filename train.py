@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import datasets
 import utils
-from lib import checkpoint, validation
+from lib import checkpoint, processes, validation
 from lib.logger import Logger
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from models import Discriminator, init_weights, make_generator
@@ -251,7 +251,8 @@ WARM_UP = 15  # after --half_size the learning rate rises from 0 in 1/15 of the 
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
     one_size = args.preprocess not in ("none", "scale_width")
-    device, dtype, rank, world_size = utils.setup(args, fixed_sizes=one_size)
+    rank, world_size = processes.join_processes()
+    device, dtype = utils.setup(args, fixed_sizes=one_size)
     data = load_data(args)
     model = CycleGAN(args, device, dtype, rank, world_size)
     progress = {"epoch": 0, "sample": 0, "seconds": 0.0, "best": None}
@@ -266,7 +267,7 @@ def train(args, state: dict | None) -> int:
     sampler = datasets.RunSampler(
         len(data), args.batch_size, per_step, epochs, progress["sample"], rank, world_size
     )
-    stop = utils.StopRequest()  # before workers start, so that signals do not end them
+    stop = processes.StopRequest()  # before workers start, so that signals do not end them
     loader = iter(datasets.make_loader(data, sampler, args.workers, device.type == "cuda"))
 
     def next_batch(scale: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,7 +326,7 @@ def train(args, state: dict | None) -> int:
             if stopping:
                 break
         writer.wait()
-        utils.all_ranks(True)  # all is on disk
+        processes.all_ranks(True)  # all is on disk
         if stopping:  # signals are still caught: torchrun sends them again
             log.print(
                 f"stopped and saved at epoch {progress['epoch'] + 1}, iteration {model.iteration}; "
@@ -403,13 +404,13 @@ def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Train as the options say; returns 0, or 130 / 143 after Ctrl-C / SIGTERM."""
-    (rank, _), state, saved = utils.join_processes(), None, None
+    (rank, _), state, saved = processes.join_processes(), None, None
     auto = args.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if args.resume is True or (auto and utils.on_main(lambda: checkpoint.exists(args.workdir))):
+    if args.resume is True or (auto and processes.on_main(lambda: checkpoint.exists(args.workdir))):
         state = checkpoint.load_run(args.workdir, rank)
         saved = state["args"]
         args = parse_args(args.argv, saved)
-    args = utils.on_main(lambda: prepare(args, saved))
+    args = processes.on_main(lambda: prepare(args, saved))
     for name in FOLDERS:  # where the first rank's disk is not this one's
         utils.make_folder(args.workdir / name)
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"

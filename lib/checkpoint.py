@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import utils
+from lib import processes
 from models import generator_from_state, keep_source_state
 from utils import UserError
 
@@ -121,7 +122,7 @@ def save(model, progress: dict, writer: WriterThread) -> None:
     must call it. Raises UserError if a weight is not finite, or if the save before this one failed.
     """
     writer.wait()
-    utils.all_ranks(True)  # so that the files of all ranks are at most one save apart
+    processes.all_ranks(True)  # so that the files of all ranks are at most one save apart
     state, workdir = gather_state(model), model.args.workdir
     if model.rank == 0:
         state |= {**progress, "args": model.args.options, "world_size": model.world_size}
@@ -162,14 +163,14 @@ def load_run(workdir: Path, rank: int = 0) -> dict:
     for incomplete in (False, True):
         for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
             path = folder / name
-            state = utils.on_main(lambda path=path: read_state(path))
+            state = processes.on_main(lambda path=path: read_state(path))
             if isinstance(state, str):
                 problems.append(state)
                 continue
             source = rank % state["world_size"]  # there may be more or fewer ranks than there were
             if source:
                 state["rank"] = read_rank(folder / f"rank{source}_{state['iteration']}.pth")
-            if not utils.all_ranks(state["rank"] is not None) and not incomplete:
+            if not processes.all_ranks(state["rank"] is not None) and not incomplete:
                 problems.append(f"{path} is without the files of some of its ranks")
                 continue
             if problems and rank == 0:
@@ -234,7 +235,7 @@ def load_initial(folder: Path, model) -> None:
     """
     for name, net in model.networks().items():
         read = lambda name=name, net=net: read_initial(folder, name, net, model.args.keep_source)
-        weights = utils.on_main(read)
+        weights = processes.on_main(read)
         if weights is not None:
             net.load_state_dict(weights)
             if name in model.averages:

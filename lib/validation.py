@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import datasets
-import utils
-from lib import metrics
+from lib import metrics, processes
 from lib import translation as tr
 from lib.translation import find_pairs, find_split
 from utils import UserError
@@ -76,7 +75,7 @@ def measure(
         limits, target_limits = tr.find_ranges(options, direction)
         load = functools.partial(tr.prepare, channels=net.input_nc, options=options, limits=limits)
         sums, cycle, swd = np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)  # last two: sum, number
-        files, fakes = utils.share(files), []
+        files, fakes = processes.share(files), []
         sources = [source for source, _ in files]
         for i, source, fake in tr.translate_files(net, sources, load, 1, device, dtype):
             if fake is not None:
@@ -87,7 +86,7 @@ def measure(
                 truth = tr.load_truth(files[i][1], fake, target_limits) if files[i][1] else None
                 if truth is not None:
                     sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
-        sums, cycle = utils.sum_over_ranks(sums), utils.sum_over_ranks(cycle)
+        sums, cycle = processes.sum_over_ranks(sums), processes.sum_over_ranks(cycle)
         found, identity = map(metrics.masked_errors, sums)
         found |= {f"identity_{name}": value for name, value in identity.items()}
         found["cycle"] = float(cycle[0] / cycle[1]) if cycle[1] else float("nan")
@@ -99,7 +98,7 @@ def measure(
         if fakes and reals:
             patches = [metrics.sample_patches(pictures) for pictures in (fakes, reals)]
             swd += metrics.sliced_wasserstein(*patches), 1
-        swd = utils.sum_over_ranks(swd)
+        swd = processes.sum_over_ranks(swd)
         if swd[1]:
             found["swd"] = float(swd[0] / swd[1])  # over ranks, each of its share
         measures |= {f"{name}_{direction}": value for name, value in found.items()}

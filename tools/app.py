@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("app.py needs gradio: pip install gradio") from None
     if args.longest < 8:
         raise UserError(f"--longest is {args.longest}, but no picture is that small: try 1024")
-    device, dtype, _, _ = utils.setup(args)
+    device, dtype = utils.setup(args)
     models = args.models or args.workdir / "models"
     if not find_checkpoints(models):
         raise UserError(f"{models} holds no generator: train first, or name --models")

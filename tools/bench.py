@@ -335,7 +335,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table; raises UserError if a number is out of range."""
-    device, dtype, _, _ = utils.setup(args)
+    device, dtype = utils.setup(args)
     defaults = {"batches": [1, 4, 16], "rounds": 7, "steps": 20}
     if device.type == "cpu":
         defaults = {"batches": [1, 2], "rounds": 3, "steps": 1}

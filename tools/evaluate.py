@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print the table, write `result/metrics.json` and the report."""
-    device, dtype, _, _ = utils.setup(args)
+    device, dtype = utils.setup(args)
     outputs, index = args.workdir / "outputs", {}
     for row in tr.read_index(args.workdir):
         if (outputs / row.output).exists() and not row.output.endswith(formats.STACKED):

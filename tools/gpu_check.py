@@ -316,7 +316,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Write the report; returns 1 if a check failed."""
     start, figures = time.time(), {}
-    device, dtype, _, _ = utils.setup(args)
+    device, dtype = utils.setup(args)
     args.networks = f"--size {args.size} --load_size {args.size} --ngf {args.ngf} --ndf {args.ngf}"
     report = Report(args.workdir / "result")
     if device.type == "cuda":

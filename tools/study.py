@@ -96,7 +96,7 @@ def pick_oracle(models: Path, options: dict) -> None:
     """
     pairs = validation.find_split_pairs(Path(options["dataroot"]), "test", options)
     pairs = {way: [pair for pair in found if pair[1]] for way, found in pairs.items()}
-    device, dtype, _, _ = utils.setup(argparse.Namespace(**options))
+    device, dtype = utils.setup(argparse.Namespace(**options))
     scores, oracle = {}, models / "oracle"
     for epoch in sorted((models / "epochs").glob("*")) if all(pairs.values()) else []:
         nets = {path.stem: load_generator(path, device) for path in epoch.glob("*.pth")}

@@ -28,8 +28,7 @@ from tiny import (
     words,
 )
 
-import utils
-from lib import checkpoint, logger, validation
+from lib import checkpoint, logger, processes, validation
 from models import load_generator
 from utils import UserError
 
@@ -302,15 +301,15 @@ def test_srun_without_torchrun(tmp_path):
     """srun's variables are enough to find each other; without the list of nodes it is an error."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    code = "import utils; print('rank %d of %d' % utils.join_processes())"
+    code = "from lib import processes; print('rank %d of %d' % processes.join_processes())"
     more = {**SLURM, "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
     ranks = [{**more, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    processes = [start("-c", code, env=variables) for variables in ranks]
-    for i, process in enumerate(processes):
+    started = [start("-c", code, env=variables) for variables in ranks]
+    for i, process in enumerate(started):
         assert f"rank {i} of 2" in finish(process)
     with pytest.raises(UserError, match="SLURM_STEP_NODELIST.*torchrun on each node"):
-        utils.slurm_ranks({**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
-    found = utils.slurm_ranks({**ranks[1], "SLURM_STEP_NODELIST": "gpu-[03-05,09],login1"})
+        processes.slurm_ranks({**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
+    found = processes.slurm_ranks({**ranks[1], "SLURM_STEP_NODELIST": "gpu-[03-05,09],login1"})
     assert found["MASTER_ADDR"] == "gpu-03" and found["RANK"] == found["LOCAL_RANK"] == "1"
 
 
