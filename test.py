@@ -19,7 +19,7 @@ import datasets
 import utils
 from lib import formats, metrics, processes, stacks, tiling
 from lib import translation as tr
-from models import load_generator
+from lib.weights import load_generator
 from utils import UserError
 
 

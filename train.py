@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import datasets
 import utils
-from lib import checkpoint, processes, validation
+from lib import checkpoint, processes, validation, weights
 from lib.logger import Logger
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from models import Discriminator, init_weights, make_generator
@@ -260,7 +260,7 @@ def train(args, state: dict | None) -> int:
         checkpoint.restore(model, state)
         progress = {name: state[name] for name in progress}
     elif args.init_from:
-        checkpoint.load_initial(args.init_from, model)
+        weights.load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world_size  # samples
     n_steps = math.ceil(len(data) / per_step)  # in an epoch
     epochs = range(progress["epoch"], args.n_epochs)

@@ -17,7 +17,6 @@ import torch
 
 import utils
 from lib import processes
-from models import generator_from_state, keep_source_state
 from utils import UserError
 
 NETWORKS = ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema")
@@ -226,45 +225,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     for weight, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(weight).copy_(moments[name])
-
-
-def load_initial(folder: Path, model) -> None:
-    """Start from the weights in `folder` (`--init_from`): ours, or the reference repository's.
-
-    Raises UserError if the generators are missing, or of another architecture than the options'.
-    """
-    for name, net in model.networks().items():
-        read = lambda name=name, net=net: read_initial(folder, name, net, model.args.keep_source)
-        weights = processes.on_main(read)
-        if weights is not None:
-            net.load_state_dict(weights)
-            if name in model.averages:
-                model.averages[name].load_state_dict(weights)
-
-
-def read_initial(folder: Path, name: str, net, keep_source: bool) -> dict | None:
-    """The weights for `net` in `folder`; None if they are a discriminator's and not there."""
-    known = {"netG_A2B": "G_A", "netG_B2A": "G_B", "netD_A": "D_B", "netD_B": "D_A"}  # D_A sees B
-    paths = [folder / f"{name}.pth", folder / f"latest_net_{known[name]}.pth"]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None and name.startswith("netD"):
-        return None  # published models rarely come with their discriminators
-    if path is None:
-        raise UserError(f"--init_from {folder} has neither {paths[0].name} nor {paths[1].name}")
-    state = utils.load_tensors(path)
-    try:
-        if name.startswith("netG"):
-            state = generator_from_state(state).state_dict()
-            if keep_source and "keep_source" not in state:
-                state = keep_source_state(state)
-        net.load_state_dict(state)
-    except (UserError, RuntimeError) as error:
-        raise UserError(
-            f"the weights in {path} do not fit the networks asked for "
-            f"(--netG, --ngf, --norm, ...): {str(error).splitlines()[-1].strip()}"
-        ) from error
-    print(f"{name} starts from {path}")
-    return state
 
 
 def clear_run(workdir: Path) -> None:

@@ -26,7 +26,8 @@ from torch import nn
 import datasets
 import utils
 from lib import formats, tiling
-from models import OnnxGenerator, translate
+from lib.weights import OnnxGenerator
+from models import translate
 from utils import UserError
 
 WORKERS = 4  # threads that decode and save while the network computes
@@ -187,7 +188,7 @@ def translate_array(
 ) -> np.ndarray:
     """Translate one picture (H, W, input_nc) of any type; returns (H, W, output_nc) of that type.
 
-    `net` comes from models.load_generator. `value_range` (low, high) are the values that the
+    `net` comes from lib.weights. `value_range` (low, high) are the values that the
     network has as -1 and 1; None: the whole range of an integer type. Those of the result are in
     `target_range`, None: the same; integers are rounded and clipped. `tile`: go through the network
     by tiles of so many pixels, with the same result in bounded memory (lib/tiling.py). `dtype` is

@@ -27,7 +27,8 @@ import utils
 from lib import formats, metrics, validation
 from lib.formats import UnreadableImage
 from lib.translation import SharedNorm, share_norm, translate_array, translate_batch
-from models import Generator, init_weights, load_generator
+from lib.weights import load_generator
+from models import Generator, init_weights
 from tools import export
 from tools import frames as save_frames
 from utils import UserError

@@ -5,14 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lib.weights import generator_from_state, keep_source_state
 from models import (
     Clamp,
     Discriminator,
     Generator,
     UNet,
-    generator_from_state,
     init_weights,
-    keep_source_state,
     make_generator,
     translate,
 )

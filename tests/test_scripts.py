@@ -16,7 +16,7 @@ import test
 import train
 from lib import translation, validation
 from lib.options import make_parser
-from models import load_generator
+from lib.weights import load_generator
 from tools.demo import draw_demo
 from utils import UserError
 

@@ -19,7 +19,7 @@ import models
 import test as test_script
 import train
 import utils
-from lib import checkpoint, logger
+from lib import logger, weights
 
 CPU = torch.device("cpu")
 TINY = "--ngf 4 --ndf 4 --size 32 --load_size 36 --n_epochs 1 --no_tensorboard --amp off "
@@ -620,7 +620,7 @@ def test_dropout_only_in_training(run, rgb, tmp_path, netG):
     x = torch.rand(1, 3, 128, 128) * 2 - 1
     with torch.no_grad():
         assert not torch.equal(net(x), net(x))
-        read_back = models.load_generator(tmp_path / "models" / "netG_A2B.pth")
+        read_back = weights.load_generator(tmp_path / "models" / "netG_A2B.pth")
         assert torch.equal(read_back(x), read_back(x))
         net.eval()
         assert torch.allclose(read_back(x), net(x), atol=1e-5)
@@ -663,7 +663,7 @@ def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
         assert same_weights(net, theirs[name]) == (name in names)
     round_trip(model, tmp_path)
     keeping, (x, _) = make_model("--keep_source").netG_A2B, random_pictures()
-    keeping.load_state_dict(checkpoint.read_initial(folder, "netG_A2B", keeping, True))
+    keeping.load_state_dict(weights.read_initial(folder, "netG_A2B", keeping, True))
     assert (keeping(x) - theirs["netG_A2B"](x)).abs().max() < 0.01
 
 

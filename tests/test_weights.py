@@ -14,6 +14,7 @@ import datasets
 import models
 import test as test_script
 import utils
+from lib import weights
 
 # ------------------------------------------------------------------------------------------------
 # The published networks
@@ -150,7 +151,7 @@ def check(folder, net, content, name="latest_net_G_A.pth", size=(64, 64), channe
     expected = net(torch.from_numpy(np.pad(x.numpy(), pads, "reflect")))[..., :height, :width]
     assert expected.std() > 0.05, "an even picture would prove nothing"
 
-    got = models.translate(models.load_generator(folder / name), x)
+    got = models.translate(weights.load_generator(folder / name), x)
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= 1e-4
 
@@ -360,13 +361,13 @@ def test_refused_with_the_first_names(tmp_path, capsys, case):
 def test_refusal_names_what_came_and_what_was_expected(tmp_path):
     state = changed(resnet(2, ngf=4), model__10__conv_block__5__weight=(16, 16, 5, 5))
     with pytest.raises(utils.UserError) as error:
-        models.generator_from_state(state)
+        weights.generator_from_state(state)
     assert "model.10.conv_block.5.weight (16, 16, 5, 5) for (16, 16, 3, 3)" in str(error.value)
 
 
 def test_generator_tells_its_channels(tmp_path):
     torch.save(resnet(2, ngf=4, input_nc=1, output_nc=5).state_dict(), tmp_path / "a.pth")
-    net = models.load_generator(tmp_path / "a.pth")
+    net = weights.load_generator(tmp_path / "a.pth")
     assert (net.input_nc, net.output_nc, net.training) == (1, 5, False)
     picture = datasets.to_tensor(np.zeros((8, 8, 1), np.uint8))[None]
     assert models.translate(net, picture).shape == (1, 5, 8, 8)

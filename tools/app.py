@@ -20,7 +20,7 @@ import datasets
 import utils
 from lib import formats, metrics
 from lib import translation as tr
-from models import load_generator
+from lib.weights import load_generator
 from utils import UserError
 
 EXAMPLES = 10  # of each domain

@@ -21,7 +21,7 @@ import datasets
 import utils
 from lib import formats, metrics
 from lib import translation as tr
-from models import load_generator
+from lib.weights import load_generator
 from tools.report import format_measures, write_report
 from utils import UserError
 

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 import utils
 from lib import translation as tr
-from models import load_generator
+from lib.weights import load_generator
 from utils import UserError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

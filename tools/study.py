@@ -28,7 +28,7 @@ import train
 import utils
 from lib import checkpoint, logger, validation
 from lib import translation as tr
-from models import load_generator
+from lib.weights import load_generator
 from tools import evaluate
 from utils import UserError
 

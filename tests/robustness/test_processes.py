@@ -29,7 +29,7 @@ from tiny import (
 )
 
 from lib import checkpoint, logger, processes, validation
-from models import load_generator
+from lib.weights import load_generator
 from utils import UserError
 
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node=2"

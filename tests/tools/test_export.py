@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import test
-from models import Generator, UNet, init_weights, load_generator
+from lib.weights import load_generator
+from models import Generator, UNet, init_weights
 from tools import export
 from utils import UserError
 
