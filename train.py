@@ -277,7 +277,7 @@ def train(args, state: dict | None) -> int:
 
     remaining = len(epochs) * n_steps - progress["sample"] // per_step
     log = Logger(args, rank, model.iteration, remaining)
-    with stop, log, checkpoint.WriterThread() as writer:
+    with stop, log, processes.WriterThread() as writer:
         log.print(
             f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
             f"iterations on {world_size} x {device.type}, {utils.precision_name(dtype)}"

@@ -8,9 +8,6 @@ plain state_dicts.
 import contextlib
 import copy
 import os
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,33 +17,6 @@ from lib import processes
 from utils import UserError
 
 NETWORKS = ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema")
-
-
-class WriterThread:
-    """A thread that writes files while the device trains, one job at a time."""
-
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.job = self.pool.submit(int)  # nothing yet
-
-    def submit(self, function: Callable, *arguments) -> None:
-        """Wait for the last job, raise what it raised, and start another."""
-        self.wait()
-        self.job = self.pool.submit(function, *arguments)
-
-    def wait(self) -> None:
-        self.job.result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        """Wait for the last job and raise what it raised; print it if `error` ended the run."""
-        self.pool.shutdown()
-        if error is None:
-            self.wait()
-        elif self.job.exception() not in (None, error):
-            print(f"error: {self.job.exception()}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,7 +84,7 @@ def write_rank(workdir: Path, rank: int, state: dict) -> None:
         path.unlink()
 
 
-def save(model, progress: dict, writer: WriterThread) -> None:
+def save(model, progress: dict, writer: processes.WriterThread) -> None:
     """Copy the state and let `writer` write it: the first rank what all share, others their own.
 
     `progress` is how far the run is: epoch (from 0), sample (within it), seconds, best. Every rank

@@ -1,4 +1,4 @@
-"""What a run shows: CSV files in logs/, a plot of the losses, sample grids, TensorBoard."""
+"""What a run shows while it goes on: a progress bar, CSV files, a plot of them, TensorBoard."""
 
 import contextlib
 import csv
@@ -9,37 +9,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import datasets
 import utils
-from lib import metrics
-from lib.checkpoint import WriterThread
-from models import translate
-from utils import UserError
+from lib import samples
+from lib.processes import WriterThread
+
+UNCHANGED = 0.5  # mean |G(x) - x| of 255 under which nothing is translated
 
 # ------------------------------------------------------------------------------------------------
 # CSV
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line and fsync it; a last line torn by a power cut is dropped by `trim_csv`."""
-    with utils.writing(path), open(path, "a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def trim_csv(path: Path, iteration: int) -> None:
     """Drop the rows past `iteration` (the second column): a resumed run writes them again."""
-    if not path.exists():
-        return
-    lines = path.read_text().split("\n")[:-1]  # a line without an end was torn
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last: empty or torn
     if not lines:
-        path.unlink()  # not even a header
+        path.unlink(missing_ok=True)  # not even a header
         return
     kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[1]) <= iteration]
     with utils.atomic_write(path) as file:
@@ -54,9 +40,9 @@ def read_csv(path: Path) -> dict[str, list[float]]:
     return {name: [float(row[i]) for row in rows] for i, name in enumerate(header)}
 
 
-def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
-    """Plot columns of a CSV log over the iterations, where matplotlib is installed."""
-    columns = read_csv(log)
+def plot_losses(log: Path) -> None:
+    """Plot logs/losses.csv over the iterations, beside it, where matplotlib is installed."""
+    columns, names = read_csv(log), ("D", "G", "adv", "cycle", "identity")
     if len(columns["iteration"]) < 2:
         return
     try:
@@ -74,74 +60,16 @@ def plot_losses(log: Path, path: Path, names: tuple[str, ...]) -> None:
     axes.set(ylabel="loss", ylim=(0, max(1.1 * top, 1e-9)))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", ncols=len(names))
-    with utils.atomic_write(path) as file:
+    with utils.atomic_write(log.with_suffix(".png")) as file:
         figure.savefig(file, format="png", dpi=100)
-
-
-# ------------------------------------------------------------------------------------------------
-# Sample grids
-
-UNCHANGED = 0.5  # mean |G(x) - x| of 255 under which nothing is translated
-
-
-def load_samples(args, letter: str, channels: int, limits=None, n: int = 4) -> torch.Tensor:
-    """The first test pictures (training pictures where there are none), (n, C, size, size)."""
-    try:
-        folder = datasets.find_split(args.dataroot, f"test{letter}")
-    except UserError:
-        folder = datasets.find_split(args.dataroot, f"train{letter}")
-    pictures = []
-    for name in datasets.list_images(folder):
-        with contextlib.suppress(datasets.UnreadableImage):  # Domain and test.py report it
-            picture = datasets.load_image(folder / name, channels, limits, axis=args.axis)
-            pictures.append(datasets.to_tensor(datasets.resize(picture, (args.size, args.size))))
-        if len(pictures) == n:
-            break
-    if not pictures:
-        raise UserError(f"not one picture in {folder} can be read")
-    return torch.stack(pictures)
-
-
-def generate_samples(model, real_A: torch.Tensor, real_B: torch.Tensor) -> dict:
-    """The columns of a grid by their titles, each (n, C, H, W), on the host.
-
-    With `--keep_source` also where and how much the picture was changed: black is not at all.
-    """
-    A2B, B2A = model.best_generators().values()
-    columns = {}
-    for A, B, real, net, back in (("A", "B", real_A, A2B, B2A), ("B", "A", real_B, B2A, A2B)):
-        fake = translate(net, real.to(model.device), model.dtype)
-        columns |= {f"real {A}": real, f"fake {B}": fake.cpu()}
-        if model.args.keep_source:
-            columns[f"change of {A}"] = metrics.change(fake.cpu(), real)
-        columns[f"recovered {A}"] = translate(back, fake, model.dtype).cpu()
-    return columns
-
-
-def draw_grid(columns: dict) -> Image.Image:
-    """The columns of `generate_samples` side by side, under their titles."""
-    rows = zip(*columns.values(), strict=False)
-    cells = [datasets.to_rgb(datasets.to_array(picture)) for row in rows for picture in row]
-    side = cells[0].width * -(-128 // cells[0].width)  # small pictures are shown larger
-    cells = [np.array(cell.resize((side, side), Image.Resampling.NEAREST)) for cell in cells]
-    grid = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # (cells, 3, side, side)
-    grid = make_grid(grid, nrow=len(columns), padding=4, pad_value=255)
-    image = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
-    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, 16))
-    for i, title in enumerate(columns):
-        x = 4 + i * (side + 4) + side / 2
-        ImageDraw.Draw(image).text((x, 10), title, "#333333", anchor="mm", font_size=12)
-    return image
 
 
 # ------------------------------------------------------------------------------------------------
 # The logger
 
 
-class Logger:
+class Logger(contextlib.AbstractContextManager):
     """Progress bar, CSV, plot, grids and TensorBoard; does nothing on ranks but the first."""
-
-    plotted = ("D", "G", "adv", "cycle", "identity")
 
     def __init__(self, args, rank: int, iteration: int, remaining: int):
         """`iteration` iterations are done, `remaining` are to come."""
@@ -151,10 +79,10 @@ class Logger:
         self.start_epoch(iteration)
         if self.is_main:
             first, second = args.direction.split("to")
-            self.real_A = load_samples(args, first, args.input_nc, args.range_A)
-            self.real_B = load_samples(args, second, args.output_nc, args.range_B)
-            trim_csv(self.logs / "losses.csv", iteration)
-            trim_csv(self.logs / "metrics.csv", iteration)
+            self.real_A = samples.load(args, first, args.input_nc, args.range_A)
+            self.real_B = samples.load(args, second, args.output_nc, args.range_B)
+            for name in ("losses", "metrics"):
+                trim_csv(self.logs / f"{name}.csv", iteration)
         self.bar = tqdm(
             total=iteration + remaining,
             initial=iteration,
@@ -175,13 +103,19 @@ class Logger:
             self.bar.write(text)
 
     def log(self, name: str, row: dict[str, float]) -> None:
-        """Append a row to logs/<name>.csv; its first columns are epoch and iteration."""
+        """Append a row to logs/<name>.csv; its first columns are epoch and iteration.
+
+        It is on disk on return; a row torn by a power cut is dropped by `trim_csv`.
+        """
         if not self.is_main:
             return
         path = self.logs / f"{name}.csv"
-        if not path.exists():
-            append_line(path, ",".join(row))
-        append_line(path, ",".join(f"{value:.6g}" for value in row.values()))
+        lines = [] if path.exists() else [",".join(row)]
+        lines.append(",".join(f"{value:.6g}" for value in row.values()))
+        with utils.writing(path), open(path, "a") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
         if self.board:
             with utils.writing(self.logs):
                 for key in list(row)[2:]:
@@ -210,8 +144,8 @@ class Logger:
             return
         seconds = time.time() - self.began
         speed = (self.bar.n - self.first) * per_step / seconds
-        rate = (self.bar.n - self.bar.initial) / max(self.bar.format_dict["elapsed"], 1e-9)
-        eta = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / max(rate, 1e-9)))
+        rate = (self.bar.n - self.bar.initial) / self.bar.format_dict["elapsed"]
+        eta = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
         self.print(
             f"[Epoch {epoch}/{self.args.n_epochs}] [Batch {n_steps}/{n_steps}] "
             f"[D loss: {losses['D']:.6f}] [G loss: {losses['G']:.6f}, adv: {losses['adv']:.6f}, "
@@ -224,12 +158,12 @@ class Logger:
     def log_samples(self, model, *names: str) -> None:
         """Write a sample grid to images/<name>.png."""
         if self.is_main:
-            columns = generate_samples(model, self.real_A, self.real_B)
+            columns = samples.generate(model, self.real_A, self.real_B)
             paths = [self.args.workdir / "images" / f"{name}.png" for name in names]
             self.thread.submit(self.write_grid, columns, paths, model.iteration)
 
     def write_grid(self, columns: dict, paths: list[Path], iteration: int) -> None:
-        grid = draw_grid(columns)
+        grid = samples.draw(columns)
         for path in paths:
             utils.save_picture(path, grid)
         if self.board:
@@ -240,21 +174,15 @@ class Logger:
         """Write logs/losses.png."""
         path = self.logs / "losses.csv"
         if self.is_main and path.exists():
-            self.thread.submit(plot_losses, path, path.with_suffix(".png"), self.plotted)
+            self.thread.submit(plot_losses, path)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, *error) -> None:
         self.bar.close()
         try:
-            self.thread.__exit__(kind, error, traceback)
+            self.thread.__exit__(*error)
         finally:
-            if self.board:
-                self.close_board()
-
-    def close_board(self) -> None:
-        try:
-            self.board.close()
-        except OSError as error:  # the rows are in the CSV files: no reason to fail at the end
-            print(f"TensorBoard's file in {self.logs} is incomplete ({error})", file=sys.stderr)
+            try:
+                if self.board:
+                    self.board.close()
+            except OSError as lost:  # the rows are in the CSV files: no reason to fail at the end
+                print(f"TensorBoard's file in {self.logs} is incomplete ({lost})", file=sys.stderr)

@@ -1,5 +1,6 @@
-"""Several processes, started by torchrun or srun, and signals that ask a run to stop."""
+"""Processes started by torchrun or srun, a thread that writes, and signals that end a run."""
 
+import contextlib
 import ctypes
 import datetime
 import multiprocessing.forkserver
@@ -8,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -108,7 +110,31 @@ def worker_context() -> str | None:
     return "forkserver"
 
 
-class StopRequest:
+class WriterThread(contextlib.AbstractContextManager):
+    """A thread that writes files while the device trains, one job at a time."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.job = self.pool.submit(int)  # nothing yet
+
+    def submit(self, function: Callable, *arguments) -> None:
+        """Wait for the last job, raise what it raised, and start another."""
+        self.wait()
+        self.job = self.pool.submit(function, *arguments)
+
+    def wait(self) -> None:
+        self.job.result()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Wait for the last job and raise what it raised; print it if `error` ended the run."""
+        self.pool.shutdown()
+        if error is None:
+            self.wait()
+        elif self.job.exception() not in (None, error):
+            print(f"error: {self.job.exception()}", file=sys.stderr)
+
+
+class StopRequest(contextlib.AbstractContextManager):
     """Remembers Ctrl-C or SIGTERM until the iteration is done; a second Ctrl-C stops at once."""
 
     def __init__(self):
@@ -139,9 +165,6 @@ class StopRequest:
         numbers = torch.tensor([self.signal, int(due and not was_due)])  # on the host, by gloo
         self.sent = numbers, dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
         return number, bool(was_due)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():

@@ -7,7 +7,7 @@ import torch
 
 import datasets
 import train
-from lib import logger
+from lib import logger, samples
 from utils import UserError
 
 
@@ -16,7 +16,7 @@ def test_sample_grid_is_of_the_named_generators(dataroot, tmp_path):
     args = train.parse_args(tiny.words(dataroot, tmp_path, "--dropout --ema 0"))
     model = train.CycleGAN(args, torch.device("cpu"))
     A, B = torch.rand(2, 3, 3, 24, 24) * 2 - 1
-    columns = logger.generate_samples(model, A, B)
+    columns = samples.generate(model, A, B)
     assert model.netG_A2B.training and model.netG_B2A.training
     A2B, B2A = model.netG_A2B.eval(), model.netG_B2A.eval()
     with torch.no_grad():
@@ -26,7 +26,7 @@ def test_sample_grid_is_of_the_named_generators(dataroot, tmp_path):
     for name, column, wanted in zip(titles, columns.values(), expected, strict=True):
         assert torch.allclose(column, wanted, atol=1e-6), name
 
-    image, side = np.asarray(logger.draw_grid(columns)), 144  # 24 pixels, six times as large
+    image, side = np.asarray(samples.draw(columns)), 144  # 24 pixels, six times as large
     assert image.shape == (16 + 3 * (side + 4) + 4, 6 * (side + 4) + 4, 3)
     for row in range(3):
         for column in range(6):
@@ -40,7 +40,7 @@ def test_samples_are_of_the_averages_where_there_are_any(dataroot, tmp_path):
     model = train.CycleGAN(args, torch.device("cpu"))
     torch.nn.init.zeros_(model.averages["netG_A2B"].model[-2].weight)  # whose output is then 0
     A, B = torch.rand(2, 1, 3, 24, 24)
-    columns = logger.generate_samples(model, A, B)
+    columns = samples.generate(model, A, B)
     assert not columns["fake B"].any() and columns["fake A"].any()
 
 
@@ -48,12 +48,12 @@ def test_grids_show_what_was_changed(dataroot, tmp_path):
     args = train.parse_args(tiny.words(dataroot, tmp_path, "--keep_source --ema 0"))
     model = train.CycleGAN(args, torch.device("cpu"))
     model.netG_A2B.model[-2].bias.data[3] = -40  # its mask is zero: nothing is changed
-    columns = logger.generate_samples(model, *torch.rand(2, 2, 3, 24, 24))
+    columns = samples.generate(model, *torch.rand(2, 2, 3, 24, 24))
     assert list(columns)[:4] == ["real A", "fake B", "change of A", "recovered A"]
     assert columns["change of A"].eq(-1).all()
     wanted = (columns["fake A"] - columns["real B"]).abs().mean(1, keepdim=True)
     assert torch.allclose(columns["change of B"], 2 * wanted - 1) and wanted.max() > 0.01
-    assert logger.draw_grid(columns).width == 8 * 148 + 4
+    assert samples.draw(columns).width == 8 * 148 + 4
 
 
 def test_tensorboard_has_the_rows_of_the_csv(dataroot, tmp_path):
