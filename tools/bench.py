@@ -36,9 +36,6 @@ from utils import ReplayBuffer, UserError
 
 LOADER_SECONDS = 4.0  # of measuring, for each row of --data
 
-# ------------------------------------------------------------------------------------------------
-# The plain iteration
-
 
 class Plain:
     """Four networks, three optimizers, and the iteration of CycleGAN call by call, in float32.
@@ -63,35 +60,27 @@ class Plain:
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor) -> dict[str, float]:
         """One iteration on real pictures (N, 3, H, W) in [-1, 1]; returns the losses."""
         args = self.args
+        gan_loss = lambda score, label: F.mse_loss(score, torch.full_like(score, label))
         self.optimizer_G.zero_grad()
         idt_A, idt_B = self.netG_B2A(real_A), self.netG_A2B(real_B)
         identity = (F.l1_loss(idt_A, real_A) + F.l1_loss(idt_B, real_B)) / 2
         fake_B, fake_A = self.netG_A2B(real_A), self.netG_B2A(real_B)
-        score_A, score_B = self.netD_A(fake_A), self.netD_B(fake_B)
-        adv_A = F.mse_loss(score_A, torch.ones_like(score_A))
-        adv_B = F.mse_loss(score_B, torch.ones_like(score_B))
-        adv = (adv_A + adv_B) / 2
+        adv = (gan_loss(self.netD_A(fake_A), 1) + gan_loss(self.netD_B(fake_B), 1)) / 2
         rec_A, rec_B = self.netG_B2A(fake_B), self.netG_A2B(fake_A)
         cycle = (F.l1_loss(rec_A, real_A) + F.l1_loss(rec_B, real_B)) / 2
         loss_G = adv + args.lambda_cyc * cycle + args.lambda_id * identity
         loss_G.backward()
         self.optimizer_G.step()
-        old_A, old_B = self.buffer_A.query(fake_A), self.buffer_B.query(fake_B)
-        loss_D_A = self.train_discriminator(self.netD_A, self.optimizer_D_A, real_A, old_A)
-        loss_D_B = self.train_discriminator(self.netD_B, self.optimizer_D_B, real_B, old_B)
         losses = {"G": loss_G, "adv": adv, "cycle": cycle, "identity": identity}
-        losses |= {"D_A": loss_D_A, "D_B": loss_D_B}
+        for name, netD, optimizer, real, fake in (
+            ("D_A", self.netD_A, self.optimizer_D_A, real_A, self.buffer_A.query(fake_A)),
+            ("D_B", self.netD_B, self.optimizer_D_B, real_B, self.buffer_B.query(fake_B)),
+        ):
+            optimizer.zero_grad()
+            losses[name] = (gan_loss(netD(real), 1) + gan_loss(netD(fake), 0)) / 2
+            losses[name].backward()
+            optimizer.step()
         return {name: value.item() for name, value in losses.items()}
-
-    @staticmethod
-    def train_discriminator(netD, optimizer, real: torch.Tensor, fake: torch.Tensor):
-        optimizer.zero_grad()
-        real_score, fake_score = netD(real), netD(fake)
-        loss_real = F.mse_loss(real_score, torch.ones_like(real_score))
-        loss = (loss_real + F.mse_loss(fake_score, torch.zeros_like(fake_score))) / 2
-        loss.backward()
-        optimizer.step()
-        return loss
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,18 +103,15 @@ class Case:
 
 def optimizations(case: Case) -> list[str]:
     names = ["batched", "fused"] if case.task == "train" else []
-    names += (["amp"] if case.dtype else []) + (["benchmark"] if is_cuda(case) else [])
+    names += ["amp"] if case.dtype else []
+    names += ["benchmark"] if case.device.type == "cuda" else []
     return [*names, "channels_last", "compile"]
-
-
-def is_cuda(case: Case) -> bool:
-    return case.device.type == "cuda"
 
 
 def precision_of(case: Case) -> str:
     if case.name in ("ours", "amp"):
         return utils.precision_name(case.dtype)
-    return "tf32" if is_cuda(case) and case.name != "strict" else "float32"
+    return "tf32" if case.device.type == "cuda" and case.name != "strict" else "float32"
 
 
 @functools.cache
@@ -149,25 +135,23 @@ def make_step(case: Case) -> Callable[[], object]:
         if compiled:
             net.compile()
         return torch.no_grad()(lambda: net(x) if plain else translate(net, x, dtype))
-    options = ["--ngf", str(case.ngf), "--ndf", str(case.ngf)] + ([] if ours else ["--ema", "0"])
-    options = train.parse_args(options + ["--compile"] * compiled)
+    options = f"--ngf {case.ngf} --ndf {case.ngf}" + " --ema 0" * (not ours)
+    args = train.parse_args((options + " --compile" * compiled).split())
     if plain:
-        reference = Plain(options, case.device)
-        return lambda: reference.step(x, y)
-    model = train.CycleGAN(options, case.device, dtype)
+        return functools.partial(Plain(args, case.device).step, x, y)
+    model = train.CycleGAN(args, case.device, dtype)
     if not ours:
         keep_one(model, case.name)
-    return lambda: model.step([(x, y)])
+    return functools.partial(model.step, [(x, y)])
 
 
 def keep_one(model: train.CycleGAN, name: str) -> None:
     """Undo what CycleGAN chose for the device, except for the optimization `name`."""
-    model.batched = name == "batched"
+    model.batched, args = name == "batched", model.args
+    layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
     for net in model.networks().values():
-        layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
         net.to(memory_format=layout)
-    betas = (model.args.beta1, model.args.beta2)
-    adam = {"lr": model.args.lr, "betas": betas, "fused": name == "fused"}
+    adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": name == "fused"}
     model.optimizer_G = torch.optim.Adam(model.params_G, **adam)
     model.optimizer_D = torch.optim.Adam(model.params_D, **adam)
 
@@ -180,11 +164,10 @@ def count_flops(task: str, size: int, ngf: int) -> int:
     four for itself. Gradients that plain computes and nobody uses are not counted.
     """
     flops = []
-    with torch.device("meta"):
-        x = torch.empty(1, 3, size, size)
+    with torch.device("meta"), torch.no_grad():
         for net in (make_generator("resnet_9blocks", 3, 3, ngf=ngf), Discriminator(3, ngf)):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                net(x)
+            with FlopCounterMode(display=False) as counter:
+                net(torch.empty(1, 3, size, size))
             flops.append(counter.get_total_flops())
     netG, netD = flops
     return 6 * 3 * netG + (2 * 2 + 4 * 3) * netD if task == "train" else netG
@@ -212,7 +195,7 @@ def run_steps(case: Case, n: int) -> tuple[float, int]:
     """
     with utils.explain_out_of_memory("a smaller batch needs less"):
         seconds = time_steps(make_step(case), n, case.device)
-    if is_cuda(case):
+    if case.device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(case.device)
     import resource  # Windows has none
 
@@ -253,14 +236,14 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
-# The tables
+# The command
 
 
 def print_row(*cells) -> None:
     print("| " + " | ".join(f"{cell!s:<9}" for cell in cells) + " |", flush=True)
 
 
-def compare(args, device: torch.device, dtype: torch.dtype | None) -> None:
+def compare(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> None:
     """Print a row for each task, size, batch and way; each way is measured in turn with plain."""
     head = ("task", "step", "precision", "size", "batch", "s/step", "images/s", "peak GB")
     head += ("first s", "of matmul rate", "speed")
@@ -268,7 +251,7 @@ def compare(args, device: torch.device, dtype: torch.dtype | None) -> None:
     print_row(*["---"] * len(head))
     for task, size, batch in product(("train", "translate"), args.sizes, args.batches):
         plain = Case(task, "plain", device, size, batch, dtype, args.ngf, args.compile)
-        ways = (["strict"] if is_cuda(plain) else []) + ["ours"]
+        ways = (["strict"] if device.type == "cuda" else []) + ["ours"]
         ways += optimizations(plain) if args.each else []
         for way in ways:
             cases = [plain, replace(plain, name=way)]
@@ -314,10 +297,6 @@ def bench_data(dataroot: Path, size: int) -> None:
         print(f"| {way}, {workers} workers | {size} | {n / spent:.0f} |")
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed and memory on this device.")
     add = parser.add_argument
@@ -336,11 +315,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Print the table; raises UserError if a number is out of range."""
     device, dtype = utils.setup(args)
-    defaults = {"batches": [1, 4, 16], "rounds": 7, "steps": 20}
-    if device.type == "cpu":
-        defaults = {"batches": [1, 2], "rounds": 3, "steps": 1}
-    for name in [name for name in defaults if vars(args)[name] is None]:
-        vars(args)[name] = defaults[name]
+    for name, gpu, cpu in (("batches", [1, 4, 16], [1, 2]), ("rounds", 7, 3), ("steps", 20, 1)):
+        if vars(args)[name] is None:
+            vars(args)[name] = cpu if device.type == "cpu" else gpu
     if min(*args.batches, args.steps, args.rounds, args.ngf) < 1:
         raise UserError("--batches, --steps, --rounds and --ngf must be at least 1")
     if any(size % 4 or size < 32 for size in args.sizes):

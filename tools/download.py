@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import http.client
 import os
-import re
 import stat
 import struct
 import sys
@@ -41,10 +40,8 @@ summer2winter_yosemite 132640856 167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1b
 ukiyoe2photo 292946532 02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08
 vangogh2photo 306590349 362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff
 """
-DATASETS = {  # bytes and SHA-256 of NAME.zip
-    name: (int(size), digest)
-    for name, size, digest in (row.split() for row in KNOWN_SETS.strip().split("\n"))
-}
+ROWS = map(str.split, KNOWN_SETS.strip().splitlines())
+DATASETS = {name: (int(size), digest) for name, size, digest in ROWS}  # bytes, SHA-256 of NAME.zip
 PUBLISHED = """
 apple2orange orange2apple summer2winter_yosemite winter2summer_yosemite horse2zebra zebra2horse
 monet2photo style_monet style_cezanne style_ukiyoe style_vangogh sat2map map2sat iphone2dslr_flower
@@ -72,8 +69,7 @@ def fetch(url: str, folder: Path, kind: str) -> Path:
     """
     part = utils.make_folder(folder) / (url.rpartition("/")[2] + ".part")
     for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+        time.sleep(PAUSE * (2**attempt - 1))
         try:
             if fetch_rest(url, part, kind):
                 return part
@@ -101,14 +97,11 @@ def fetch_rest(url: str, part: Path, kind: str) -> bool:
         return True
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        total = response.length
-        if response.status == 206:
-            place = re.match(r"bytes (\d+)-\d+/(\d+)$", response.headers["Content-Range"] or "")
-            begin, total = map(int, place.groups()) if place else (None, None)
+        place, _, total = (response.headers["Content-Range"] or "").partition("/")
+        if response.status != 206:  # the whole file
+            start, total = 0, response.headers["Content-Length"]
         current = f"{total} {response.headers['ETag'] or response.headers['Last-Modified']}"
-        if response.status != 206:
-            start = 0  # the server knows no ranges
-        elif (begin, current) != (start, version):
+        if response.status == 206 and (current != version or f"bytes {start}-" not in place):
             discard(part)  # another file than before: the next try starts over
             return False
         chunk = response.read(CHUNK)
@@ -119,13 +112,14 @@ def fetch_rest(url: str, part: Path, kind: str) -> bool:
             discard(part)
         with utils.writing(part):
             version_file.write_text(current)
-        with tqdm(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar:
+        size = int(total) if total else None
+        with tqdm(total=size, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar:
             while chunk:
-                with utils.writing(part), open(part, "ab") as file:
+                with utils.writing(part), open(part, "ab") as file:  # an error in reading is none
                     file.write(chunk)
                 bar.update(len(chunk))
                 chunk = response.read(CHUNK)
-    return total is None or part.stat().st_size == total
+    return size in (None, part.stat().st_size)
 
 
 def discard(part: Path) -> None:
@@ -200,17 +194,15 @@ def safe_path(member: zipfile.ZipInfo, archive: Path, name: str) -> PurePosixPat
     path = PurePosixPath(member.filename.replace("\\", "/"))
     windows = PureWindowsPath(str(path))  # recognizes drive letters; other colons are allowed
     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if not recorded
-    problem = None
-    if path.is_absolute() or windows.drive or ".." in path.parts:
-        problem = "leads outside the folder"
-    elif not 1 <= len(path.parts) <= 8:
-        problem = "is nested too deep, or has no name"
-    elif kind not in (0, stat.S_IFREG):
-        problem = "is a link or a device"
-    elif member.flag_bits & 1 or member.compress_type not in (0, zipfile.ZIP_DEFLATED):
-        problem = "is encrypted or packed in an unknown way"
-    if problem:
-        raise UserError(f"{archive} is refused: its entry {member.filename!r} {problem}")
+    plain = not member.flag_bits & 1 and member.compress_type in (0, zipfile.ZIP_DEFLATED)
+    for problem, found in (
+        ("leads outside the folder", path.is_absolute() or windows.drive or ".." in path.parts),
+        ("is nested too deep, or has no name", not 1 <= len(path.parts) <= 8),
+        ("is a link or a device", kind not in (0, stat.S_IFREG)),
+        ("is encrypted or packed in an unknown way", not plain),
+    ):
+        if found:
+            raise UserError(f"{archive} is refused: its entry {member.filename!r} {problem}")
     return path.relative_to(name) if path.parts[0] == name != path.name else path
 
 
@@ -233,7 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.zip and args.name in (None, "demo"):
         raise UserError("--zip needs the name of the set: python -m tools.download NAME --zip FILE")
-    if args.mirror and not re.match("https?://", args.mirror):
+    if args.mirror and not args.mirror.startswith(("http://", "https://")):
         raise UserError(f"--mirror {args.mirror} must start with http:// or https://")
     if args.weights:
         target = args.workdir / "models" / f"{args.weights}.pth"
@@ -250,7 +242,12 @@ def main(args: argparse.Namespace) -> None:
             get_dataset(args.name, target, args)
             print(f"{target} is ready: python train.py --dataroot {target}")
     if not args.name and not args.weights:
-        list_names()
+        print("sets (python -m tools.download NAME):")
+        print(f"  {'demo':24}drawn here, 700 pictures")
+        for name, (size, _) in DATASETS.items():
+            print(f"  {name:24}{f'{size / 1e6:.0f} MB' if size else 'size not known'}")
+        print("weights (python -m tools.download --weights NAME), about 46 MB each:")
+        print(*(f"  {name}" for name in WEIGHTS), sep="\n")
 
 
 def is_wanted(name: str, names: list[str], target: Path) -> bool:
@@ -279,15 +276,6 @@ def get_dataset(name: str, target: Path, args: argparse.Namespace) -> None:
         raise
     if not args.zip:
         discard(archive)
-
-
-def list_names() -> None:
-    print("sets (python -m tools.download NAME):")
-    print(f"  {'demo':24}drawn here, 700 pictures")
-    for name, (size, _) in DATASETS.items():
-        print(f"  {name:24}{f'{size / 1e6:.0f} MB' if size else 'size not known'}")
-    print("weights (python -m tools.download --weights NAME), about 46 MB each:")
-    print(*(f"  {name}" for name in WEIGHTS), sep="\n")
 
 
 if __name__ == "__main__":
