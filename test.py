@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import formats, metrics, processes, stacks, tiling
+from lib import devices, formats, metrics, processes, stacks, tiling
 from lib import translation as tr
 from lib.weights import load_generator
 from utils import UserError
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     stacks.add_options(parser)
     group = tr.add_model_options(parser)
     group.add_argument("--weights", type=Path, metavar="FILE", help="one generator: .pth or .onnx")
-    utils.add_device_options(parser)
+    devices.add_device_options(parser)
     return parser.parse_args(argv)
 
 
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
     if args.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
     rank, world_size = processes.join_processes()
-    device, dtype = utils.setup(args)
+    device, dtype = devices.setup(args)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
         raise UserError(f"there is no folder {models}: train first, or name --models or --weights")

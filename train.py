@@ -25,12 +25,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import datasets
 import utils
-from lib import checkpoint, processes, validation, weights
+from lib import checkpoint, devices, processes, schedule, validation, weights
 from lib.logger import Logger
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
+from lib.replay import ReplayBuffer
 from models import Discriminator, init_weights, make_generator
 from tools.demo import draw_demo
-from utils import ReplayBuffer, UserError
+from utils import UserError
 
 # ------------------------------------------------------------------------------------------------
 # Losses and the step
@@ -59,7 +60,7 @@ class CycleGAN:
         """`args`: the options of `parse_args`; `dtype`: autocast precision, None for float32."""
         self.args, self.device, self.dtype = args, device, dtype
         self.rank, self.world_size = rank, world_size
-        self.iteration, self.layout = 0, utils.memory_layout(device)
+        self.iteration, self.layout = 0, devices.memory_layout(device)
         self.batched = args.norm != "batch"  # batch statistics of two kinds of picture must not mix
         torch.manual_seed(args.seed)
         options = {"norm": args.norm, "upsample": args.upsample, "dropout": args.dropout}
@@ -245,14 +246,11 @@ class CycleGAN:
 # The loop
 
 
-WARM_UP = 15  # after --half_size the learning rate rises from 0 in 1/15 of the run
-
-
 def train(args, state: dict | None) -> int:
     """Run from `state` (or from nothing) to the end; returns the exit code."""
     one_size = args.preprocess not in ("none", "scale_width")
     rank, world_size = processes.join_processes()
-    device, dtype = utils.setup(args, fixed_sizes=one_size)
+    device, dtype = devices.setup(args, fixed_sizes=one_size)
     data = load_data(args)
     model = CycleGAN(args, device, dtype, rank, world_size)
     progress = {"epoch": 0, "sample": 0, "seconds": 0.0, "best": None}
@@ -280,7 +278,7 @@ def train(args, state: dict | None) -> int:
     with stop, log, processes.WriterThread() as writer:
         log.print(
             f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
-            f"iterations on {world_size} x {device.type}, {utils.precision_name(dtype)}"
+            f"iterations on {world_size} x {device.type}, {devices.precision_name(dtype)}"
             + ", compiled" * args.compile
             + ", pictures in memory" * bool(data.A.cached)
         )
@@ -291,14 +289,11 @@ def train(args, state: dict | None) -> int:
             checkpoint.save(model, progress, writer)
         for epoch, sample in sampler.steps():
             done = epoch + sample / len(data)  # epochs, with their fraction
-            lr = args.lr * utils.lr_factor(args.lr_policy, done, args.n_epochs, args.decay_epoch)
-            full = done / args.n_epochs - args.half_size  # share of the run so far at full size
-            if args.half_size and full >= 0:  # a change of size is a shock: D learns it slowly
-                lr *= min(1, WARM_UP * full)
+            lr, scale = schedule.at(args, done)
             for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
                 group["lr"] = lr
             start = time.time()
-            batches = [next_batch(2 if full < 0 else 1) for _ in range(args.accumulate)]
+            batches = [next_batch(scale) for _ in range(args.accumulate)]
             log.waited += time.time() - start
             model.step(batches)
             log.bar.update()

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-import utils
+from lib import devices
 from utils import UserError
 
 # photographs on two CPU cores in ten minutes; explicit options override every preset
@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--init_type", "normal", "distribution of the first weights", inits)
     add(g, "--init_gain", 0.02, "their scale")
 
-    g = utils.add_device_options(parser)
+    g = devices.add_device_options(parser)
     add(g, "--compile", False, "torch.compile the networks: minutes once, then faster on a GPU")
     return parser
 

@@ -25,7 +25,7 @@ from torch import nn
 
 import datasets
 import utils
-from lib import formats, tiling
+from lib import devices, formats, tiling
 from lib.weights import OnnxGenerator
 from models import translate
 from utils import UserError
@@ -238,7 +238,7 @@ def translate_batch(
         fakes = [tiling.translate_pictures(net, g, kind, tile, dtype, **scratch) for g in groups]
         return list(itertools.chain(*fakes))
     x = torch.stack([datasets.to_tensor(picture) for picture in pictures]).to(device)
-    x = x.contiguous(memory_format=utils.memory_layout(device))  # (N, input_nc, H, W)
+    x = x.contiguous(memory_format=devices.memory_layout(device))  # (N, input_nc, H, W)
     return [datasets.to_array(y, kind) for y in translate(shared, x, dtype)]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import processes
+from lib import devices, processes
 from models import Generator, UNet
-from utils import UserError, load_tensors, memory_layout
+from utils import UserError, load_tensors
 
 
 def load_generator(path: Path, device: torch.device | str = "cpu") -> "nn.Module | OnnxGenerator":
@@ -28,7 +28,7 @@ def load_generator(path: Path, device: torch.device | str = "cpu") -> "nn.Module
         net = generator_from_state(content).eval()
     except UserError as error:
         raise UserError(f"{path} holds no generator that is known here: {error}") from error
-    return net.to(device, memory_format=memory_layout(torch.device(device)))
+    return net.to(device, memory_format=devices.memory_layout(torch.device(device)))
 
 
 def generator_from_state(content: dict) -> nn.Module:

@@ -23,8 +23,7 @@ from PIL import Image
 
 import datasets
 import test
-import utils
-from lib import formats, metrics, validation
+from lib import devices, formats, metrics, validation
 from lib.formats import UnreadableImage
 from lib.translation import SharedNorm, share_norm, translate_array, translate_batch
 from lib.weights import load_generator
@@ -738,7 +737,7 @@ def test_training_on_volumes(tmp_path, monkeypatch):
     net = load_generator(tmp_path / "whole" / "models" / "netG_A2B_ema.pth")
     slices = [p.clip(-1000, 1000) for p in formats.read(data / "testA" / "0.nii.gz")]
     slices = [datasets.resize(p.astype(np.float32) / 1000, (64, 64)) for p in slices]
-    dtype = utils.pick_precision("auto", torch.device("cpu"))
+    dtype = devices.pick_precision("auto", torch.device("cpu"))
     for joint in (True, False):  # --volume_norm is what was typed
         fakes = translate_batch(net, slices, torch.device("cpu"), dtype, np.float32, joint)
         fakes = [datasets.resize(fake, (40, 44))[..., 0] for fake in fakes]

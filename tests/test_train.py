@@ -13,9 +13,11 @@ import datasets
 import train
 from lib import metrics, options, translation, validation
 from lib.logger import Logger, read_csv
+from lib.replay import ReplayBuffer
+from lib.schedule import lr_factor
 from tools.bench import Plain
 from train import CycleGAN, gan_loss
-from utils import ReplayBuffer, UserError, lr_factor
+from utils import UserError
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ import models
 import test as test_script
 import train
 import utils
-from lib import logger, weights
+from lib import logger, schedule, weights
 
 CPU = torch.device("cpu")
 TINY = "--ngf 4 --ndf 4 --size 32 --load_size 36 --n_epochs 1 --no_tensorboard --amp off "
@@ -482,7 +482,7 @@ def test_identity_pass_is_not_computed_at_0():
 def test_lr_policies(run, rgb, monkeypatch, policy, n_epochs, decay_epoch, factors):
     """The factor at each epoch's start; a run's steps have it in both optimizers."""
     for epoch, factor in enumerate(factors):
-        got = utils.lr_factor(policy, epoch, n_epochs, decay_epoch)
+        got = schedule.lr_factor(policy, epoch, n_epochs, decay_epoch)
         assert got == pytest.approx(factor)
     used, step = [], train.CycleGAN.step
 

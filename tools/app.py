@@ -18,7 +18,7 @@ import torch
 
 import datasets
 import utils
-from lib import formats, metrics
+from lib import devices, formats, metrics
 from lib import translation as tr
 from lib.weights import load_generator
 from utils import UserError
@@ -181,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--port", type=int, help="of the address (the first free one from 7860)")
     longest = "larger pictures are scaled down to this length of the longer side (1024)"
     group.add_argument("--longest", type=int, default=1024, metavar="PIXELS", help=longest)
-    utils.add_device_options(parser)
+    devices.add_device_options(parser)
     return parser.parse_args(argv)
 
 
@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("app.py needs gradio: pip install gradio") from None
     if args.longest < 8:
         raise UserError(f"--longest is {args.longest}, but no picture is that small: try 1024")
-    device, dtype = utils.setup(args)
+    device, dtype = devices.setup(args)
     models = args.models or args.workdir / "models"
     if not find_checkpoints(models):
         raise UserError(f"{models} holds no generator: train first, or name --models")

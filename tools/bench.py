@@ -31,8 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import datasets
 import train
 import utils
+from lib import devices
+from lib.replay import ReplayBuffer
 from models import Discriminator, init_weights, make_generator, translate
-from utils import ReplayBuffer, UserError
+from utils import UserError
 
 LOADER_SECONDS = 4.0  # of measuring, for each row of --data
 
@@ -110,7 +112,7 @@ def optimizations(case: Case) -> list[str]:
 
 def precision_of(case: Case) -> str:
     if case.name in ("ours", "amp"):
-        return utils.precision_name(case.dtype)
+        return devices.precision_name(case.dtype)
     return "tf32" if case.device.type == "cuda" and case.name != "strict" else "float32"
 
 
@@ -125,8 +127,8 @@ def make_step(case: Case) -> Callable[[], object]:
     dtype = case.dtype if case.name in ("ours", "amp") else None
     layout = torch.channels_last if case.name == "channels_last" else torch.contiguous_format
     if ours:
-        utils.set_backends(case.device, dtype)
-        layout = utils.memory_layout(case.device)
+        devices.set_backends(case.device, dtype)
+        layout = devices.memory_layout(case.device)
     x, y = torch.rand(2, case.batch, 3, case.size, case.size, device=case.device) * 2 - 1
     x, y = (t.contiguous(memory_format=layout) for t in (x, y))
     if case.task == "translate":
@@ -308,13 +310,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, help="turns of each, of which the median is taken (7; on a CPU 3)")
     add("--steps", type=int, help="steps in a turn (20; on a CPU 1)")
     add("--data", type=Path, metavar="DIR", help="measure the loader alone, on a data set")
-    utils.add_device_options(parser)
+    devices.add_device_options(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the table; raises UserError if a number is out of range."""
-    device, dtype = utils.setup(args)
+    device, dtype = devices.setup(args)
     for name, gpu, cpu in (("batches", [1, 4, 16], [1, 2]), ("rounds", 7, 3), ("steps", 20, 1)):
         if vars(args)[name] is None:
             vars(args)[name] = cpu if device.type == "cpu" else gpu
@@ -322,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--batches, --steps, --rounds and --ngf must be at least 1")
     if any(size % 4 or size < 32 for size in args.sizes):
         raise UserError(f"--sizes are {args.sizes}, but must be multiples of 4, at least 32")
-    print(f"{utils.describe(device)}, {torch.get_num_threads()} threads\n")
+    print(f"{devices.describe(device)}, {torch.get_num_threads()} threads\n")
     if args.data:
         bench_data(args.data, args.sizes[-1])
     else:

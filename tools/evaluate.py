@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import formats, metrics
+from lib import devices, formats, metrics
 from lib import translation as tr
 from lib.weights import load_generator
 from tools.report import format_measures, write_report
@@ -262,13 +262,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("metrics")
     group.add_argument("--inception", type=Path, metavar="FILE", help="weights for KID and FID")
     group.add_argument("--no_fid", action="store_true", help="no KID and FID (slow on a CPU)")
-    utils.add_device_options(parser)
+    devices.add_device_options(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print the table, write `result/metrics.json` and the report."""
-    device, dtype = utils.setup(args)
+    device, dtype = devices.setup(args)
     outputs, index = args.workdir / "outputs", {}
     for row in tr.read_index(args.workdir):
         if (outputs / row.output).exists() and not row.output.endswith(formats.STACKED):

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 import utils
-from lib import checkpoint
+from lib import checkpoint, devices
 from tools import bench
 from tools.demo import draw_demo
 
@@ -59,7 +59,7 @@ class Report:
 
 def make_model(options: str, device: torch.device, dtype=None, layout=None) -> train.CycleGAN:
     """Return train.py's model, in another memory format than the device's if one is given."""
-    utils.set_backends(device, dtype)
+    devices.set_backends(device, dtype)
     model = train.CycleGAN(train.parse_args(options.split()), device, dtype)
     model.layout = layout or model.layout
     for net in (*model.networks().values(), *model.averages.values()):
@@ -158,7 +158,7 @@ def check_resume(report: Report, device: torch.device) -> None:
 
 def check_waits(report: Report, device: torch.device) -> None:
     """20 steps with full buffers must not wait for the GPU once."""
-    model = make_model(SMALL, device, utils.pick_precision("auto", device))
+    model = make_model(SMALL, device, devices.pick_precision("auto", device))
     batch = make_batch(model, 1, 32, 32, 0)
     for _ in range(12):
         model.step([batch])
@@ -207,7 +207,7 @@ def check_profile(report: Report, args, device: torch.device, dtype) -> None:
 
 def check_speed(report: Report, args, device: torch.device, dtype) -> None:
     """Seconds of the classic iteration and of ours, in turn, against a matrix product."""
-    n_steps, name = 20 if device.type == "cuda" else 1, utils.precision_name(dtype)
+    n_steps, name = 20 if device.type == "cuda" else 1, devices.precision_name(dtype)
     rate = bench.matmul_rate(device, name)
     report.add("matrix product", name, None, teraflops=f"{rate / 1e12:.2f}")
     cases = {f"{name} NCHW": (NCHW, ""), f"{name} NHWC": (NHWC, "")}
@@ -225,7 +225,7 @@ def check_speed(report: Report, args, device: torch.device, dtype) -> None:
                 times = {case: [] for case in steps}
                 for _ in range(args.rounds + 1):  # the first compiles and searches algorithms
                     for case, step in steps.items():
-                        utils.set_backends(device, dtype, fixed_sizes=case != "plain")
+                        devices.set_backends(device, dtype, fixed_sizes=case != "plain")
                         torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
                         times[case].append(bench.time_steps(step, n_steps, device) / n_steps)
         except utils.UserError as error:
@@ -309,20 +309,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ngf", type=int, default=64, help="width of their networks (64)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="(1 4 16)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each, median taken (5)")
-    utils.add_device_options(parser)
+    devices.add_device_options(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the report; returns 1 if a check failed."""
     start, figures = time.time(), {}
-    device, dtype = utils.setup(args)
+    device, dtype = devices.setup(args)
     args.networks = f"--size {args.size} --load_size {args.size} --ngf {args.ngf} --ndf {args.ngf}"
     report = Report(args.workdir / "result")
     if device.type == "cuda":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(device)))
         figures = {"capability": capability, "compiled_for": " ".join(torch.cuda.get_arch_list())}
-    report.add("device", utils.describe(device), None, **figures)
+    report.add("device", devices.describe(device), None, **figures)
     check_steps(report, device)
     check_resume(report, device)
     if device.type == "cuda":
@@ -332,7 +332,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         check_runs(report, device, Path(folder))
     failed = sum(row["ok"] is False for row in report.rows)
-    report.close(f"{utils.describe(device)}: {failed} failed, {time.time() - start:.0f} s")
+    report.close(f"{devices.describe(device)}: {failed} failed, {time.time() - start:.0f} s")
     print(f"{failed} failed; the table is {report.folder / 'gpu_check.md'}")
     return 1 if failed else 0
 

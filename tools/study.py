@@ -26,7 +26,7 @@ import torch
 import test
 import train
 import utils
-from lib import checkpoint, logger, validation
+from lib import checkpoint, devices, logger, validation
 from lib import translation as tr
 from lib.weights import load_generator
 from tools import evaluate
@@ -96,7 +96,7 @@ def pick_oracle(models: Path, options: dict) -> None:
     """
     pairs = validation.find_split_pairs(Path(options["dataroot"]), "test", options)
     pairs = {way: [pair for pair in found if pair[1]] for way, found in pairs.items()}
-    device, dtype = utils.setup(argparse.Namespace(**options))
+    device, dtype = devices.setup(argparse.Namespace(**options))
     scores, oracle = {}, models / "oracle"
     for epoch in sorted((models / "epochs").glob("*")) if all(pairs.values()) else []:
         nets = {path.stem: load_generator(path, device) for path in epoch.glob("*.pth")}
@@ -178,7 +178,7 @@ has the least error on the test split itself, so the difference is what the choi
 def write_table(args: argparse.Namespace, threads: int) -> str:
     done = sorted(args.folder.glob("*/figures.json"))
     tables = make_tables([json.loads(file.read_text()) for file in done])
-    machine = utils.describe(utils.pick_device(None))
+    machine = devices.describe(devices.pick_device(None))
     text = f"{HEAD}{tables}\n{machine}; {args.jobs} at a time, threads of each: {threads}\n"
     with utils.atomic_write(utils.make_folder(args.workdir / "result") / "study.md") as file:
         file.write(text.encode())

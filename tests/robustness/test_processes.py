@@ -325,6 +325,7 @@ def test_driver_too_old(tmp_path):
     (tmp_path / "driver.c").write_text(OLD_DRIVER)
     command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
     subprocess.run(command, check=True)
-    code = "import utils; utils.run(lambda args: utils.pick_device(None), None)"
+    code = "import utils; from lib.devices import pick_device as pick; "
+    code += "utils.run(lambda args: pick(None), None)"
     text = finish(start("-c", code, env={"LD_LIBRARY_PATH": str(tmp_path)}), 2)
     assert "error: cannot use the device cuda (" in text and "too old" in text
