@@ -29,8 +29,10 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # among torch-fidelity'
 N_TRAIN = 500  # training pictures that stand for all, at most
 
 
-def load_rgb(path: Path | str, channels: int, size: tuple[int, int] | None) -> np.ndarray:
+def load_rgb(path: Path | str, channels: int, size: tuple | None = None) -> np.ndarray:
     """Return a picture as (H, W, 3) uint8: gray is repeated, of more channels three are taken.
+
+    It is resized to `size` = (width, height) if that is given.
 
     Raises:
         UnreadableImage: see datasets.load_image.
@@ -56,25 +58,23 @@ class Pictures(Dataset):
         return torch.from_numpy(load_rgb(self.paths[i], self.channels, self.size)).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pairs
-
-
-def measure_pairs(rows: list, channels: tuple[int, int], flat: np.ndarray | None) -> dict:
+def measure_pairs(rows: list, channels: tuple[int, int], flat: torch.Tensor | None) -> dict:
     """Return the errors (lib/metrics.py) of translation, identity and flat where truth is known.
 
-    Source and truth are resized to the translation. `whole` is mae over that of identity.
+    Source and truth are resized to the translation; `flat` is a picture (3, H, W) of one color.
+    `whole` is mae over that of identity.
     """
     sums, tables = {}, {}
     for row in tqdm([row for row in rows if row.truth], "pairs", leave=False):
         try:
-            fake = load_rgb(row.output, channels[1], None)
+            fake = load_rgb(row.output, channels[1])
             source = load_rgb(row.source, channels[0], fake.shape[1::-1])
             truth = load_rgb(row.truth, channels[1], fake.shape[1::-1])
         except datasets.UnreadableImage:
             continue  # test.py has reported it
         pictures = {"translation": fake, "identity": source}
-        pictures |= {} if flat is None else {"flat": np.broadcast_to(flat, fake.shape)}
+        if flat is not None:
+            pictures["flat"] = np.broadcast_to(flat[:, 0, 0].numpy(), fake.shape)
         for kind, picture in pictures.items():
             errors = metrics.pixel_errors(picture, truth)
             with contextlib.suppress(ImportError):  # no scikit-image
@@ -104,22 +104,17 @@ def cycle_error(rows: list, back, device: torch.device, dtype) -> dict[str, floa
     return {"cycle": float(np.mean(errors))} if errors else {}
 
 
-# ------------------------------------------------------------------------------------------------
-# Sets
-
-
 def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> dict:
-    """Return the sets fake_A, fake_B and, if there is a `root`, real_A, real_B, train_A, train_B.
+    """Return the sets fake_A, fake_B and, if there is a `root`, real, train and flat of A and B.
 
-    real is the test split; train is every k-th training picture, N_TRAIN at most. Sets of which no
-    picture can be read are left out. All have the size of the first translation.
+    real is the test split; train is every k-th training picture, N_TRAIN at most; flat is one
+    picture of their median color. Sets of which no picture can be read are left out. All have the
+    size of the first translation.
 
     Raises:
         UserError: `root` has no test split.
     """
-    paths = {
-        f"fake_{direction[-1]}": [row.output for row in index[direction]] for direction in index
-    }
+    paths = {f"fake_{way[-1]}": [row.output for row in rows] for way, rows in index.items()}
     for domain in "AB" if root else "":
         folder = tr.find_split(root, "test", domain, options)
         paths[f"real_{domain}"] = [folder / name for name in datasets.list_images(folder)]
@@ -130,9 +125,11 @@ def find_sets(root: Path | None, index: dict, options: dict, channels: dict) -> 
             paths[f"train_{domain}"] = [folder / name for name in names]
     sets = {name: Pictures(found, channels[name[-1]]) for name, found in paths.items()}
     sets = {name: pictures for name, pictures in sets.items() if len(pictures)}
-    size = next(iter(sets.values()))[0].shape[2:0:-1]
     for pictures in sets.values():
-        pictures.size = size
+        pictures.size = next(iter(sets.values()))[0].shape[2:0:-1]
+    for name in [name for name in sets if name.startswith("train")]:
+        color = torch.from_numpy(metrics.flat_color(sets[name]))  # (3,)
+        sets[name.replace("train", "flat")] = [color[:, None, None].expand_as(sets[name][0])]
     return sets
 
 
@@ -153,18 +150,14 @@ def measure_swd(direction: str, sets: dict) -> dict[str, dict[str, float]]:
     }
 
 
-def measure_inception(directions: list, sets: dict, inception: Path | None, device) -> dict:
+def measure_inception(ways: list, sets: dict, inception: Path | None, device) -> dict:
     """Return KID, its deviation, and FID by direction, of translation and identity to the targets.
 
     And source_kid, ... of the translations to the sources. Binkowski et al. 2018 and Heusel et al.
     2017, by torch-fidelity. KID is the mean over 100 random subsets, each of half the smaller set
-    (1000 pictures at most): subsets as large as the set would all be the same.
-
-    Raises:
-        ImportError: torch-fidelity is not installed.
-        OSError: Inception's weights cannot be fetched.
+    (1000 pictures at most): subsets as large as the set would all be the same. If they cannot be
+    measured, it prints why and returns {}.
     """
-    import torch_fidelity as fidelity
 
     def distance(one: str, other: str, prefix: str = "") -> dict[str, float]:
         found = fidelity.calculate_metrics(
@@ -175,7 +168,7 @@ def measure_inception(directions: list, sets: dict, inception: Path | None, devi
             cache_root=cache,
             kid=True,
             fid=True,
-            kid_subset_size=max(2, min(1000, min(len(sets[one]), len(sets[other])) // 2)),
+            kid_subset_size=max(2, min(1000, len(sets[one]) // 2, len(sets[other]) // 2)),
             feature_extractor_weights_path=str(inception) if inception else None,
             cuda=device.type == "cuda",
             batch_size=32,
@@ -186,18 +179,26 @@ def measure_inception(directions: list, sets: dict, inception: Path | None, devi
         keys["fid"] = fidelity.KEY_METRIC_FID
         return {prefix + name: found[key] for name, key in keys.items()}
 
-    measures = {}
-    with tempfile.TemporaryDirectory() as cache:  # the features of each set are computed once
-        for direction in tqdm(directions, "KID and FID", leave=False):
-            fake, real = f"fake_{direction[-1]}", f"real_{direction[-1]}"
-            source = f"real_{direction[0]}"
-            found = distance(fake, real) | distance(fake, source, "source_")
-            measures[direction] = {"translation": found, "identity": distance(source, real)}
-    return measures
+    measures, reason = {}, "they need at least two pictures of each kind"
+    needed = ["real_A", "real_B", *(f"fake_{way[-1]}" for way in ways)]
+    if min(len(sets.get(name, [])) for name in needed) >= 2:
+        try:
+            import torch_fidelity as fidelity
 
-
-# ------------------------------------------------------------------------------------------------
-# The script
+            with tempfile.TemporaryDirectory() as cache:  # features of a set are computed once
+                for way in tqdm(ways, "KID and FID", leave=False):
+                    fake, source, real = f"fake_{way[-1]}", f"real_{way[0]}", f"real_{way[-1]}"
+                    found = distance(fake, real) | distance(fake, source, "source_")
+                    measures[way] = {"translation": found, "identity": distance(source, real)}
+            print("FID comes out too high for so few pictures, and more so the fewer: compare KID")
+            return measures
+        except ImportError:
+            reason = "pip install torch-fidelity"
+        except OSError as error:
+            reason = f"Inception's weights could not be fetched ({error}); with torch-fidelity's "
+            reason += f"{INCEPTION} at hand: --inception FILE"
+    print(f"KID and FID are left out: {reason}")
+    return {}
 
 
 def measure(args: argparse.Namespace, index: dict, device: torch.device, dtype) -> dict:
@@ -208,50 +209,27 @@ def measure(args: argparse.Namespace, index: dict, device: torch.device, dtype) 
     channels = {"A": options.get("input_nc", 3), "B": options.get("output_nc", 3)}
     sets, measures = find_sets(root, index, options, channels), {}
 
-    def add(direction: str, found: dict[str, dict]) -> None:
+    def add(way: str, found: dict[str, dict]) -> None:
         for kind, figures in found.items():
-            measures[direction].setdefault(kind, {}).update(figures)
+            measures[way].setdefault(kind, {}).update(figures)
 
-    for direction, rows in index.items():
-        (source, target), flat = direction.split("2"), None
-        measures[direction] = {"translation": {"n": len(rows)}, "identity": {}}
-        if f"train_{target}" in sets:
-            flat = metrics.flat_color(sets[f"train_{target}"])
-            picture = torch.from_numpy(flat)[:, None, None].expand_as(sets[f"train_{target}"][0])
-            sets[f"flat_{target}"] = [picture]
-        add(direction, measure_pairs(rows, (channels[source], channels[target]), flat))
+    for way, rows in index.items():
+        (source, target), ours = way.split("2"), {"n": len(rows)}
+        measures[way] = {"translation": ours, "identity": {}}
+        flat = sets.get(f"flat_{target}")
+        add(way, measure_pairs(rows, (channels[source], channels[target]), flat and flat[0]))
         weights = tr.find_weights(models, f"netG_{target}2{source}", args.last)
         if weights.exists():
-            back = load_generator(weights, device)
-            add(direction, {"translation": cycle_error(rows, back, device, dtype)})
+            ours |= cycle_error(rows, load_generator(weights, device), device, dtype)
         if f"real_{target}" in sets:
-            add(direction, {"translation": {"n_real": len(sets[f"real_{target}"])}})
-            add(direction, measure_swd(direction, sets))
-        found = measures[direction]["translation"]
-        if "n_pairs" in found and "ssim" not in found:
+            ours["n_real"] = len(sets[f"real_{target}"])
+            add(way, measure_swd(way, sets))
+        if "n_pairs" in ours and "ssim" not in ours:
             print("SSIM and PSNR are left out: pip install scikit-image")
     if root and not args.no_fid:
-        for direction, found in try_inception(args.inception, index, sets, device).items():
-            add(direction, found)
+        for way, found in measure_inception(list(index), sets, args.inception, device).items():
+            add(way, found)
     return measures
-
-
-def try_inception(inception: Path | None, index: dict, sets: dict, device) -> dict:
-    """Return what `measure_inception` does, or print why there is nothing."""
-    reason = "they need at least two pictures of each kind"
-    needed = ["real_A", "real_B", *(f"fake_{direction[-1]}" for direction in index)]
-    if min(len(sets.get(name, [])) for name in needed) >= 2:
-        try:
-            found = measure_inception(list(index), sets, inception, device)
-            print("FID comes out too high for so few pictures, and more so the fewer: compare KID")
-            return found
-        except ImportError:
-            reason = "pip install torch-fidelity"
-        except OSError as error:
-            reason = f"Inception's weights could not be fetched ({error}); with torch-fidelity's "
-            reason += f"{INCEPTION} at hand: --inception FILE"
-    print(f"KID and FID are left out: {reason}")
-    return {}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

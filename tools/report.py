@@ -52,7 +52,6 @@ def write_report(workdir: Path) -> Path:
     Raises:
         UserError: the page cannot be written.
     """
-    workdir = Path(workdir)
     options = read_json(workdir / "models" / "options.json")
     losses, noted = (read_rows(workdir / "logs" / f"{log}.csv") for log in ("losses", "metrics"))
     measures = format_measures(read_json(workdir / "result" / "metrics.json"))
@@ -78,10 +77,6 @@ def write_report(workdir: Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# The parts of the page
-
-
 def find_strips(workdir: Path, direction: str, options: dict) -> list[dict]:
     """Return the comparison pictures of the first translations that the index names.
 
@@ -92,9 +87,10 @@ def find_strips(workdir: Path, direction: str, options: dict) -> list[dict]:
         rows = [row for row in tr.read_index(workdir) if row.direction == direction]
     for row in rows[:PER_DIRECTION]:
         name, truth = tr.comparison_name(row), ["ground truth"] if row.truth else []
-        cycle, result = workdir / "outputs" / "cycle" / name, workdir / "result" / name
-        heads = {cycle: ["source", "translation", "back again", *truth]}
-        heads |= {result: ["translation", "source"]}
+        heads = {
+            workdir / "outputs" / "cycle" / name: ["source", "translation", "back again", *truth],
+            workdir / "result" / name: ["translation", "source"],
+        }
         if found := [path for path in heads if path.exists()]:
             newest = max(found, key=lambda path: path.stat().st_mtime)  # the first if equal
             changed = bool(options.get("keep_source"))
@@ -163,23 +159,17 @@ def format_measures(measures: dict) -> dict[str, list[list[str]]]:
     return tables
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading the run
-
-
 def read_json(path: Path) -> dict:
-    try:
+    """Return what a file holds, {} where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def read_rows(path: Path) -> list[list[str]]:
     """Return the rows of a CSV log, the first its head, without those that are torn."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.reader(file))
-    except (OSError, ValueError):
-        return []
-    return [row for row in rows if len(row) == len(rows[0])]
+    with contextlib.suppress(OSError, ValueError, csv.Error), open(path, newline="") as file:
+        rows = list(csv.reader(file))
+        return [row for row in rows if len(row) == len(rows[0])]
+    return []
