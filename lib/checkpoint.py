@@ -1,4 +1,4 @@
-"""A run's state in `models/`: gather it, write it in a thread, read it back, start from weights.
+"""A run's state in `models/`: gather it, write it in a thread, read it back.
 
 `model` is train.py's CycleGAN. `train_state.pth` is all that a resume reads, but for what each
 further rank has of its own: `rank<r>_<iteration>.pth`. The networks are exported one by one, as
@@ -7,6 +7,7 @@ plain state_dicts.
 
 import contextlib
 import copy
+import itertools
 import os
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from lib import processes
 from utils import UserError
 
 NETWORKS = ("netG_A2B", "netG_B2A", "netD_A", "netD_B", "netG_A2B_ema", "netG_B2A_ema")
-
 
 # ------------------------------------------------------------------------------------------------
 # Saving: gather the state, copy it to the host, write it in the thread
@@ -65,9 +65,8 @@ def write_state(workdir: Path, state: dict) -> None:
     folder = workdir / "models"
     newest, fresh = folder / "train_state.pth", folder / "train_state.new.pth"
     utils.save_tensors(fresh, state)
-    for name in NETWORKS:
-        if name not in state:  # an average of old, which would be preferred to the weights
-            (folder / f"{name}.pth").unlink(missing_ok=True)
+    for name in set(NETWORKS) - state.keys():  # old averages would be preferred to the weights
+        (folder / f"{name}.pth").unlink(missing_ok=True)
     export(folder, {name: state[name] for name in NETWORKS if name in state}, state["args"])
     if newest.exists():
         os.replace(newest, folder / "train_state.prev.pth")
@@ -115,12 +114,6 @@ def read_state(path: Path) -> dict | str:
     return state
 
 
-def read_rank(path: Path) -> dict | None:
-    with contextlib.suppress(UserError):
-        return utils.load_tensors(path)
-    return None
-
-
 def load_run(workdir: Path, rank: int = 0) -> dict:
     """The newest state that can be read; one with the files of all ranks is preferred.
 
@@ -129,23 +122,26 @@ def load_run(workdir: Path, rank: int = 0) -> dict:
     it. Raises UserError if there is none.
     """
     folder, problems = workdir / "models", []
-    for incomplete in (False, True):
-        for name in ("train_state.pth", "train_state.new.pth", "train_state.prev.pth"):
-            path = folder / name
-            state = processes.on_main(lambda path=path: read_state(path))
-            if isinstance(state, str):
-                problems.append(state)
-                continue
-            source = rank % state["world_size"]  # there may be more or fewer ranks than there were
-            if source:
-                state["rank"] = read_rank(folder / f"rank{source}_{state['iteration']}.pth")
-            if not processes.all_ranks(state["rank"] is not None) and not incomplete:
-                problems.append(f"{path} is without the files of some of its ranks")
-                continue
-            if problems and rank == 0:
-                print(f"{problems[0]}; going on from {path}")
-                os.replace(path, folder / "train_state.pth")
-            return state
+    names = ("train_state.pth", "train_state.new.pth", "train_state.prev.pth")
+    for incomplete, name in itertools.product((False, True), names):
+        path = folder / name
+        state = processes.on_main(lambda path=path: read_state(path))
+        if isinstance(state, str):
+            problems.append(state)
+            continue
+        source = rank % state["world_size"]  # there may be more or fewer ranks than there were
+        if source:
+            state["rank"] = None
+            with contextlib.suppress(UserError):
+                own = folder / f"rank{source}_{state['iteration']}.pth"
+                state["rank"] = utils.load_tensors(own)
+        if not processes.all_ranks(state["rank"] is not None) and not incomplete:
+            problems.append(f"{path} is without the files of some of its ranks")
+            continue
+        if problems and rank == 0:
+            print(f"{problems[0]}; going on from {path}")
+            os.replace(path, folder / "train_state.pth")
+        return state
     raise UserError(f"cannot resume: {problems[0]}")
 
 
@@ -161,18 +157,15 @@ def restore(model, state: dict) -> None:
     """
     try:
         for name, part in model.parts().items():
-            saved = name if name in state else name.removesuffix("_ema")  # --ema may be new
-            part_state = state[saved]
+            saved = state[name if name in state else name.removesuffix("_ema")]  # --ema may be new
             if isinstance(part, torch.optim.Optimizer):
-                load_optimizer(part, part_state)
-            elif part_state != {}:  # that of the scaler is, if the run was not in fp16 until now
-                part.load_state_dict(part_state)
+                load_optimizer(part, saved)
+            elif saved:  # that of the scaler is empty if the run was not in fp16 until now
+                part.load_state_dict(saved)
         model.iteration, own = state["iteration"], state["rank"]
         if own is None:
             print(f"rank {model.rank} starts with empty image buffers: its file is missing")
             return
-        if own["iteration"] != model.iteration:
-            raise ValueError(f"iterations {model.iteration} and {own['iteration']}")
         model.identity, model.n_summed = own["identity"].to(model.device), own["n_summed"]
         model.loss_sums = own["loss_sums"].to(model.device)
         model.buffer_A.load_state_dict(own["buffer_A"], model.device)
@@ -188,10 +181,9 @@ def restore(model, state: dict) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
+    own = optimizer.state_dict()["param_groups"]
+    groups = [b | {"params": a["params"]} for a, b in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for weight, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(weight).copy_(moments[name])
