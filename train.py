@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -246,8 +247,8 @@ class CycleGAN:
 # The loop
 
 
-def train(args, state: dict | None) -> int:
-    """Run from `state` (or from nothing) to the end; returns the exit code."""
+def train(args, state: dict | None, after_evaluation: Callable | None = None) -> int:
+    """Run from `state` (or from nothing) to the end; returns the exit code. See `main`."""
     one_size = args.preprocess not in ("none", "scale_width")
     rank, world_size = processes.join_processes()
     device, dtype = devices.setup(args, fixed_sizes=one_size)
@@ -313,6 +314,8 @@ def train(args, state: dict | None) -> int:
                 progress |= {"epoch": epoch + 1, "sample": 0}
                 if args.eval_every and (epoch + 1) % args.eval_every == 0:
                     progress["best"] = evaluate(model, log, epoch + 1, progress["best"])
+                    if after_evaluation:
+                        after_evaluation(model, epoch + 1)
             stopping, due = stop.agree(time.time() - saved > 60 * args.save_minutes)
             if last or due or stopping:
                 checkpoint.save(model, progress, writer)
@@ -397,8 +400,11 @@ def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> int:
-    """Train as the options say; returns 0, or 130 / 143 after Ctrl-C / SIGTERM."""
+def main(args: argparse.Namespace, after_evaluation: Callable | None = None) -> int:
+    """Train as the options say; returns 0, or 130 / 143 after Ctrl-C / SIGTERM.
+
+    `after_evaluation(model, epoch)` is called every `--eval_every` epochs (by tools/study.py).
+    """
     (rank, _), state, saved = processes.join_processes(), None, None
     auto = args.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if args.resume is True or (auto and processes.on_main(lambda: checkpoint.exists(args.workdir))):
@@ -410,7 +416,7 @@ def main(args: argparse.Namespace) -> int:
         utils.make_folder(args.workdir / name)
     advice = "lower --size, --batch_size or --ngf, try --amp auto, or --accumulate small batches"
     with utils.explain_out_of_memory(advice):
-        code = train(args, state)
+        code = train(args, state, after_evaluation)
     if args.demo and code == 0 and rank == 0:
         test = [sys.executable, Path(__file__).with_name("test.py"), "--workdir", args.workdir]
         ranks = ("RANK", "SLURM_STEP_NUM_TASKS")

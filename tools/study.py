@@ -19,7 +19,6 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -56,9 +55,8 @@ def run_once(folder: Path, name: str, command: str, seed: int, kid: bool) -> Non
     models, words = folder / "models", ["--workdir", str(folder)]
     typed = [*shlex.split(command)[2:], "--seed", str(seed), "--no_tensorboard", *words]
     typed += ["--resume"] if any(models.glob("train_state*.pth")) else []
-    with mock.patch.object(train, "evaluate", keep_epoch):
-        if train.main(train.parse_args(typed)):
-            raise KeyboardInterrupt  # the run is saved
+    if train.main(train.parse_args(typed), keep_epoch):
+        raise KeyboardInterrupt  # the run is saved
     trained = tr.read_options(models)
     pick_oracle(models, trained)
     figures = {
@@ -81,12 +79,11 @@ def run_once(folder: Path, name: str, command: str, seed: int, kid: bool) -> Non
     utils.save_json(folder / "figures.json", figures)
 
 
-def keep_epoch(model, log, epoch: int, best: float | None, evaluate=train.evaluate) -> float:
-    """Do what train.py does every `--eval_every` epochs, and keep the generators."""
+def keep_epoch(model: train.CycleGAN, epoch: int) -> None:
+    """Keep the generators of an epoch that was measured, for `pick_oracle`."""
     folder = utils.make_folder(model.args.workdir / "models" / "epochs" / f"{epoch:04d}")
     weights = {name: net.state_dict() for name, net in model.best_generators().items()}
     checkpoint.export(folder, weights, model.args.options)
-    return evaluate(model, log, epoch, best)
 
 
 def pick_oracle(models: Path, options: dict) -> None:
