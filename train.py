@@ -64,9 +64,8 @@ class CycleGAN:
         self.iteration, self.layout = 0, devices.memory_layout(device)
         self.batched = args.norm != "batch"  # batch statistics of two kinds of picture must not mix
         torch.manual_seed(args.seed)
-        options = {"norm": args.norm, "upsample": args.upsample, "dropout": args.dropout}
-        options |= {"ngf": args.ngf, "n_residual_blocks": args.n_residual_blocks}
-        options |= {"keep_source": args.keep_source}
+        names = ("ngf", "n_residual_blocks", "norm", "upsample", "dropout", "keep_source")
+        options = {name: vars(args)[name] for name in names}
         self.netG_A2B = make_generator(args.netG, args.input_nc, args.output_nc, **options)
         self.netG_B2A = make_generator(args.netG, args.output_nc, args.input_nc, **options)
         options = {"netD": args.netD, "n_layers_D": args.n_layers_D, "norm": args.norm}
@@ -76,8 +75,7 @@ class CycleGAN:
             init_weights(net, args.init_type, args.init_gain)
             net.to(device, memory_format=self.layout)
         torch.manual_seed(args.seed + rank)  # the same weights, but each rank its own dropout
-        generators = {"netG_A2B": self.netG_A2B, "netG_B2A": self.netG_B2A}
-        self.averages = copy.deepcopy(generators) if args.ema else {}
+        self.averages = copy.deepcopy(self.generators()) if args.ema else {}
         for average in self.averages.values():
             average.requires_grad_(False).eval()
         if args.compile:
@@ -99,10 +97,12 @@ class CycleGAN:
     def networks(self) -> dict[str, nn.Module]:
         return {name: vars(self)[name] for name in ("netG_A2B", "netG_B2A", "netD_A", "netD_B")}
 
+    def generators(self) -> dict[str, nn.Module]:
+        return {name: vars(self)[name] for name in ("netG_A2B", "netG_B2A")}
+
     def best_generators(self) -> dict[str, nn.Module]:
         """The moving averages where there are any, else the generators; not compiled."""
-        generators = {"netG_A2B": self.netG_A2B, "netG_B2A": self.netG_B2A}
-        return self.averages or {name: copy.copy(net) for name, net in generators.items()}
+        return self.averages or {name: copy.copy(net) for name, net in self.generators().items()}
 
     def forward_pair(self, net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple:
         """net(x) and net(y), in one batch where that computes the same: it is faster."""

@@ -1,4 +1,4 @@
-"""What the scripts share: errors, safe files, device and precision, the image buffer."""
+"""What all scripts share: errors that are one sentence, files that are whole or not there."""
 
 import argparse
 import contextlib
@@ -191,8 +191,8 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(file, "png")
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
-    """`torch.load(weights_only=True)`: no code in the file is ever run.
+def load_tensors(path: Path) -> dict:
+    """`torch.load(weights_only=True)` to the CPU: no code in the file is ever run.
 
     Raises UserError, a sentence for each case, if the file is missing, empty, truncated, a web
     page, no checkpoint at all, or a pickle that asks for code to be run.
@@ -201,12 +201,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict:
     try:
         with open(path, "rb") as file:
             head = file.read(512)
-            if head.startswith(b"PK"):  # compare the checksums, which torch.load does not
-                with zipfile.ZipFile(file) as archive:
-                    if archive.testzip():
-                        raise zipfile.BadZipFile
+            if head.startswith(b"PK") and zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile  # a checksum is wrong, which torch.load does not notice
             file.seek(0)
-            content = torch.load(file, map_location=device, weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train first, or name another") from None
     except zipfile.BadZipFile as error:

@@ -50,7 +50,7 @@ def pick_device(name: str | None, cuda: bool = False) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         with explain_out_of_memory(f"other processes use {name}, see nvidia-smi"):
             torch.zeros(1, device=device)  # no driver, no such GPU, a GPU too old: it fails here
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"cannot use the device {name} ({str(error).splitlines()[0]}; {gpu_support()}): update "
             "the driver (see nvidia-smi), install a PyTorch for this GPU, or compute on the CPU "
