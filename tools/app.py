@@ -60,7 +60,7 @@ def find_examples(workdir: Path, options: dict) -> dict[str, list[str]]:
 
 
 @functools.lru_cache(maxsize=8)
-def cached_generator(path: Path, changed: int, device: torch.device):
+def cached_generator(path: Path, device: torch.device, changed: int):
     """`load_generator`, once for each state of the file."""
     return load_generator(path, device)
 
@@ -68,12 +68,11 @@ def cached_generator(path: Path, changed: int, device: torch.device):
 def shrink(picture: np.ndarray, longest: int) -> tuple[np.ndarray, str]:
     """Return a picture (H, W, C), scaled down if a side is too long, and a note on its size."""
     height, width = picture.shape[:2]
-    scale = longest / max(height, width)
-    if scale >= 1:
+    if max(height, width) <= longest:
         return picture, f"{width} × {height} pixels"
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    note = f"scaled down from {width} × {height} to {size[0]} × {size[1]} pixels"
-    return datasets.resize(picture, size), note
+    w, h = (max(1, round(side * longest / max(height, width))) for side in (width, height))
+    note = f"scaled down from {width} × {height} to {w} × {h} pixels"
+    return datasets.resize(picture, (w, h)), note
 
 
 def build_page(models: Path, longest: int, device, dtype, options: dict, examples: dict):
@@ -92,9 +91,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             raise UserError(f"there is no checkpoint “{label}” any more: reload the page")
         return models / name.replace("*", way)
 
-    def load(weights: Path):
-        changed = weights.stat().st_mtime_ns if weights.exists() else 0
-        return cached_generator(weights, changed, device)
+    load = lambda path: cached_generator(path, device, path.exists() and path.stat().st_mtime_ns)
 
     def translate(net, picture: np.ndarray) -> np.ndarray:
         """(H, W, input_nc) -> (H, W, output_nc), the same bytes as from test.py."""

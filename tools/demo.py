@@ -19,20 +19,17 @@ def draw_demo(folder: Path, seed: int = 0, n_train: int = 300, n_test: int = 50)
     Deterministic in `seed`. The set is drawn beside `folder` and renamed, so it is there whole or
     not at all. Raises UserError where it cannot be written.
     """
+    splits = {"trainA": ("apple", 0, n_train), "trainB": ("orange", 1, n_train)}
+    splits |= {"testA": ("apple", 2, n_test), "testB": ("orange", 2, n_test)}
+    files = [(s, i, scenes, fruit) for s, (fruit, scenes, n) in splits.items() for i in range(n)]
     pores = pore_slopes()
-    splits = [("trainA", "apple", 0, n_train), ("trainB", "orange", 1, n_train)]
-    splits += [("testA", "apple", 2, n_test), ("testB", "orange", 2, n_test)]
-    with (
-        utils.new_folder(folder) as temporary,
-        tqdm(total=2 * (n_train + n_test), desc="demo") as bar,
-    ):
-        for split, fruit, scenes, count in splits:
+    with utils.new_folder(folder) as temporary:
+        for split in splits:
             (temporary / split).mkdir()
-            for i in range(count):
-                picture = Image.fromarray(draw_scene([seed, scenes, i], fruit, pores))
-                path = temporary / split / f"{i:03d}.png"
-                picture.save(path, compress_level=1)  # a third of the time of the default 6
-                bar.update()
+        for split, i, scenes, fruit in tqdm(files, "demo"):
+            picture = Image.fromarray(draw_scene([seed, scenes, i], fruit, pores))
+            path = temporary / split / f"{i:03d}.png"
+            picture.save(path, compress_level=1)  # a third of the time of the default 6
 
 
 def draw_scene(seed: list[int], fruit: str, pores: np.ndarray, size: int = 128) -> np.ndarray:
@@ -166,8 +163,7 @@ def paint_fruit(picture, fruit, disc, light, ground, pores, chance) -> None:
     layer = layer.reshape(4, height, SUPERSAMPLE, width, SUPERSAMPLE).mean((2, 4))
     layer = layer.transpose(1, 2, 0)  # (h, w, 4): color times cover, cover
     under = picture[top:bottom, left:right]
-    under *= 1 - layer[..., 3:]
-    under += layer[..., :3]
+    under[:] = under * (1 - layer[..., 3:]) + layer[..., :3]
 
 
 def pore_slopes(side: int = 256) -> np.ndarray:
