@@ -18,6 +18,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -45,9 +46,6 @@ MEASURES = (
 )
 KINDS = {"last": "last weights", "average": "average weights"}
 KINDS |= {"selected": "selected epoch", "oracle": "oracle's epoch"}
-
-# ------------------------------------------------------------------------------------------------
-# One run
 
 
 def run_once(folder: Path, name: str, command: str, seed: int, kid: bool) -> None:
@@ -112,24 +110,20 @@ def run_apart(threads: int, folder: Path, *more) -> None:
     run_once(folder, *more)
 
 
-# ------------------------------------------------------------------------------------------------
-# The table
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Return the mean, and the standard deviation where there is more than one."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
-
-
 def make_row(name: str, measured: list[dict], kind: str, done: list[dict]) -> list[str]:
-    """Return the cells of a row: of translation, identity or flat in each run's measures."""
+    """Return the cells of a row: of translation, identity or flat in each run's measures.
+
+    A cell is a mean, with the standard deviation where there are several runs.
+    """
     cells = [name]
     for _, key, unit, digits in MEASURES:
-        values = [found[kind].get(key) for found in measured]
-        if key == "changed" and None not in values:
-            values = [found[kind][key] / found["identity"][key] for found in measured]
-        cells.append("" if None in values else spread([v / unit for v in values], digits))
+        cell = ""
+        if all(key in found[kind] for found in measured):
+            units = [found["identity"][key] if key == "changed" else unit for found in measured]
+            values = [f[kind][key] / unit for f, unit in zip(measured, units, strict=True)]
+            cell = f"{statistics.mean(values):.{digits}f}"
+            cell += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells.append(cell)
     minutes = f"{statistics.mean(run['minutes'] for run in done):.1f}" if done else ""
     return [*cells, minutes, str(len(done) or "")]
 
@@ -139,9 +133,8 @@ def make_tables(figures: list[dict]) -> str:
     lines = []
     for data in dict.fromkeys(run["data"] for run in figures):
         recipes: dict[str, list[dict]] = {}
-        for run in figures:
-            if run["data"] == data:
-                recipes.setdefault(run["recipe"], []).append(run)
+        for run in [run for run in figures if run["data"] == data]:
+            recipes.setdefault(run["recipe"], []).append(run)
         for direction in ("A2B", "B2A"):
             rows = [["recipe", *(head for head, *_ in MEASURES), "minutes", "seeds"]]
             for name, done in recipes.items():
@@ -209,8 +202,8 @@ def main(args: argparse.Namespace) -> None:
         recipes[name] = f"python train.py {options.strip()}".strip()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
 
-    def work(job: tuple[int, str]) -> None:
-        (seed, name), folder = job, utils.make_folder(args.folder / "{1}_{0}".format(*job))
+    def work(seed: int, name: str) -> None:
+        folder = utils.make_folder(args.folder / f"{name}_{seed}")
         if (folder / "figures.json").exists():
             done = json.loads((folder / "figures.json").read_text())["command"]
             if done != recipes[name]:
@@ -226,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{folder} is done")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, [(seed, name) for seed in range(args.seeds) for name in recipes]))
+        list(pool.map(work, *zip(*product(range(args.seeds), recipes), strict=True)))
     print(write_table(args, threads))
 
 
