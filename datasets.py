@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from lib import formats
 from lib.formats import UnreadableImage
@@ -56,8 +55,7 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = EXTENSIONS) -> list[st
         names += [
             prefix + name
             for name in files
-            if name.lower().endswith(suffixes)
-            or (not os.path.splitext(name)[1][1:].isalpha() and formats.is_dicom(Path(root, name)))
+            if name.lower().endswith(suffixes) or formats.is_dicom(Path(root, name))
         ]
     return sorted(names)
 
@@ -69,9 +67,9 @@ def find_split(dataroot: Path, split: str) -> Path:
     """
     folders = (dataroot / split, dataroot / split[:-1] / split[-1])
     for folder in folders:
-        if folder.is_dir() and list_images(folder):
-            return folder
         if folder.is_dir():
+            if list_images(folder):
+                return folder
             kinds = ", ".join(EXTENSIONS)
             raise UserError(f"{folder} holds no picture ({kinds}): add some, or change --dataroot")
     raise UserError(
@@ -103,9 +101,10 @@ def load_image(
     """
     source = formats.read(path, channels, axis)
     picture = source[len(source) // 2 if index is None else index]
-    if not (limits or source.limits):
+    limits = limits or source.limits
+    if limits is None:
         raise UnreadableImage("it holds floats: say their range with --range_A or --range_B")
-    return formats.to_unit(picture, limits or source.limits)
+    return formats.to_unit(picture, limits)
 
 
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -151,11 +150,11 @@ def to_tensor(picture: np.ndarray) -> torch.Tensor:
 
 def to_array(tensor: torch.Tensor, dtype: type = np.uint8) -> np.ndarray:
     """(C, H, W) in [-1, 1] -> (H, W, C) uint8 or uint16, rounded to the nearest; or floats."""
+    values = tensor.detach().float().cpu().permute(1, 2, 0).numpy()
     if np.dtype(dtype).kind == "f":
-        return tensor.detach().float().cpu().permute(1, 2, 0).numpy()
+        return values
     most = np.iinfo(dtype).max
-    values = (tensor.detach().float().cpu().permute(1, 2, 0).numpy() + 1) * (most / 2)
-    return values.round().clip(0, most).astype(dtype)
+    return ((values + 1) * (most / 2)).round().clip(0, most).astype(dtype)
 
 
 def to_rgb(picture: np.ndarray) -> Image.Image:
@@ -166,7 +165,7 @@ def to_rgb(picture: np.ndarray) -> Image.Image:
     if picture.dtype == np.uint16:
         picture = (picture >> 8).astype(np.uint8)
     if picture.dtype.kind == "f":
-        picture = ((picture + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        picture = to_array(to_tensor(picture))
     channels = [0, 0, 0] if picture.shape[2] < 3 else [0, 1, 2]
     return Image.fromarray(np.ascontiguousarray(picture[..., channels]))
 
@@ -210,7 +209,8 @@ class Domain:
         counts = [formats.count(self.folder / name, options.axis) for name in self.names]
         self.ends = np.cumsum(counts)  # of each file's pictures, so that a slice is found by number
         self.channels, self.options, self.skip_log = channels, options, skip_log
-        self.limits = limits or self.find_limits()
+        paths = (self.folder / name for name in self.names)
+        self.limits = limits or formats.find_limits(paths, channels, options.axis)
         self.cached: list[torch.Tensor | None] = []
         self.first = self[0]  # raises at the start if no picture can be read
 
@@ -237,26 +237,12 @@ class Domain:
         picture = resize(picture, target_size(width, height, self.options))
         return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
 
-    def find_limits(self) -> tuple[float, float] | None:
-        """The range of the first file that has units; None for plain pictures.
-
-        Raises UserError if that file holds floats, which have none.
-        """
-        for name in self.names:
-            if not name.lower().endswith(formats.PICTURES):
-                with contextlib.suppress(UnreadableImage):
-                    source = formats.read(self.folder / name, self.channels, self.options.axis)
-                    if source.limits is None:
-                        raise formats.ask_for_range(self.folder / name)
-                    return source.limits if source.geometry else None
-        return None
-
     def cache(self) -> None:
         """Decode every picture now, in threads; from then on only memory is read."""
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            pictures = pool.map(self.read, range(len(self)))
-            bar = tqdm(pictures, f"reading {self.folder.name}", len(self), leave=False, delay=2)
-            self.cached = list(bar)
+        how = {"max_workers": min(16, os.cpu_count() or 1), "leave": False, "delay": 2}
+        self.cached = thread_map(
+            self.read, range(len(self)), desc=f"reading {self.folder.name}", **how
+        )
 
     def cache_bytes(self) -> int:
         """The approximate size of the cache: the first picture's bytes times their number."""
@@ -265,13 +251,11 @@ class Domain:
 
 def free_memory() -> int:
     """Bytes available without swapping, also inside a container; 0 where unknown."""
-    meminfo, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.exists():
-        return 0
-    free = 1024 * int(meminfo.read_text().partition("MemAvailable:")[2].split()[0])
-    limit = container / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int((container / "memory.current").read_text()))
+    free, container = 0, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        limit = int((container / "memory.max").read_text())
+        free = min(free, limit - int((container / "memory.current").read_text()))
     return free
 
 

@@ -166,6 +166,21 @@ def ask_for_range(path: Path) -> UserError:
     )
 
 
+def find_limits(paths: Iterable[Path], channels: int, axis: int) -> tuple[float, float] | None:
+    """The range of the first of these files that has units; None for plain pictures.
+
+    Raises UserError if that file holds floats, which have none.
+    """
+    for path in paths:
+        if not path.name.lower().endswith(PICTURES):
+            with contextlib.suppress(UnreadableImage):
+                source = read(path, channels, axis)
+                if source.limits is None:
+                    raise ask_for_range(path)
+                return source.limits if source.geometry else None
+    return None
+
+
 def pick_type(
     source: Pictures, limits: tuple[float, float] | None
 ) -> tuple[np.dtype, float, float]:
