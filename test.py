@@ -23,8 +23,10 @@ from lib.weights import load_generator
 from utils import UserError
 
 
-def find_sources(args, direction: str, options: dict) -> tuple[Path, list[tuple[str, str]]]:
-    """Return the folder of the pictures to translate, and of each the name and its truth or "".
+def find_sources(
+    args, direction: str, options: dict
+) -> tuple[Path, list[tuple[Path, Path | None]]]:
+    """Return the folder of the pictures to translate, and each of them with its truth or None.
 
     Raises:
         UserError: a folder is missing or holds no picture.
@@ -36,16 +38,15 @@ def find_sources(args, direction: str, options: dict) -> tuple[Path, list[tuple[
     if not args.input.exists():
         raise UserError(f"there is no --input {args.input}: name a picture or a folder of them")
     if args.input.is_file():
-        return args.input.parent, [(args.input.name, "")]
+        return args.input.parent, [(args.input, None)]
     names = datasets.list_images(args.input, datasets.EXTENSIONS + formats.FILMS)
-    pairs = [(name, "") for name in names]
-    if not pairs:
+    if not names:
         raise UserError(f"--input {args.input} holds no picture")
-    return args.input, pairs
+    return args.input, [(args.input / name, None) for name in names]
 
 
-def translate_rows(
-    args, rows: list, compared: list, net, back, load: Callable, how: dict, bar: str | None
+def translate_pictures(
+    args, rows: list, compared: list, net, back, load: Callable, bar: str | None, how: dict
 ) -> tuple[dict[tr.Translation, str], np.ndarray]:
     """Write the outputs of these rows, and pictures to compare of those that are in `compared`.
 
@@ -66,7 +67,7 @@ def translate_rows(
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
             saving.append(pool.submit(formats.save_array, outputs / row.output, fake))
-            truth = tr.load_truth(Path(row.truth), fake) if row.truth else None
+            truth = tr.load_truth(row.truth, fake)
             if truth is not None:
                 sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
             if row in compared:
@@ -80,6 +81,57 @@ def translate_rows(
         for future in saving:
             future.result()
     return failed, sums
+
+
+def translate_direction(
+    args, direction: str, folder: Path, pairs: list, models: Path, options: dict, how: dict
+) -> bool:
+    """Translate the pictures `pairs` below `folder`, see `find_sources`, on all ranks together.
+
+    `models` is the folder of the weights, `options` are the run's; for `how` see
+    `tr.translate_batch`. Returns whether all pictures could be read.
+    """
+    rank, world_size = processes.join_processes()
+    weights = args.weights or tr.find_weights(models, f"netG_{direction}", args.last)
+    weights_back = tr.find_weights(models, f"netG_{direction[::-1]}", args.last)
+    net, back = load_generator(weights, how["device"]), None
+    if weights_back.exists() and not args.weights:
+        back = load_generator(weights_back, how["device"])
+
+    ranges = tr.find_ranges(options, direction, net)
+    suffixes = [formats.output_suffix(path, net.output_nc, any(ranges)) for path, _ in pairs]
+    names = [path.relative_to(folder).as_posix() for path, _ in pairs]
+    to, rows = direction[-1], []
+    for (path, truth), output in zip(pairs, tr.output_names(names, suffixes), strict=True):
+        truth = str(truth.absolute()) if truth else ""
+        rows.append(tr.Translation(direction, str(path.absolute()), f"{to}/{output}", truth))
+    for parent in {(args.workdir / "outputs" / row.output).parent for row in rows}:
+        utils.make_folder(parent)
+
+    in_units = {row: any(ranges) or row.output.endswith(formats.STACKED) for row in rows}
+    plain = processes.share([row for row in rows if not in_units[row]])
+    groups = processes.share(stacks.group_rows([row for row in rows if in_units[row]]))
+    compared, bar = rows[: args.compare], direction if rank == 0 else None
+    load = lambda path: tr.prepare(path, net.input_nc, options, size=args.size)
+    done = translate_pictures(args, plain, compared, net, back, load, bar, how)
+    note = f"{weights.name} (CycleGAN)"
+    done[0].update(
+        stacks.translate_stacks(args, groups, compared, bar, net, ranges, options, note, how)
+    )
+    parts = [done] * world_size
+    if world_size > 1:
+        dist.all_gather_object(parts, done)
+    failed = {row: reason for failed, _ in parts for row, reason in failed.items()}
+    if rank == 0:
+        translated = [row for row in rows if row not in failed]
+        tr.write_index(args.workdir, translated, [direction])
+        out = args.workdir / "outputs" / to
+        print(f"{direction}: {len(translated)} of {len(rows)} pictures translated to {out}")
+        print_errors(direction, sum(sums for _, sums in parts))
+        for row, reason in failed.items():
+            line = f"could not be read: {row.source}: {reason}"
+            print(line.encode(errors="replace").decode())
+    return not failed
 
 
 def print_errors(direction: str, sums: np.ndarray) -> None:
@@ -118,71 +170,35 @@ def main(args: argparse.Namespace) -> int:
     stacks.check_options(args)
     if args.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
-    rank, world_size = processes.join_processes()
+    rank, _ = processes.join_processes()
     device, dtype = devices.setup(args)
     models = args.models or args.workdir / "models"
     if not models.is_dir() and not args.weights:
         raise UserError(f"there is no folder {models}: train first, or name --models or --weights")
     options = tr.read_options(args.weights.parent if args.weights else models)
     options |= {name: vars(args)[name] for name in stacks.KEPT if vars(args)[name] is not None}
-    directions, code = ["A2B", "B2A"], 0
+    directions = ["A2B", "B2A"]
     if args.direction or args.input or args.weights:
         directions = [tr.swap((args.direction or "A2B").replace("to", "2"), options)]
     sources = {direction: find_sources(args, direction, options) for direction in directions}
-    workdir, axis = args.workdir, options.get("axis", -1)
     for name in ("outputs", "outputs/cycle", "result"):
-        utils.make_folder(workdir / name)
-        utils.remove_temporary_files(workdir / name, seconds=60)  # of runs that were killed
+        utils.make_folder(args.workdir / name)
+        utils.remove_temporary_files(args.workdir / name, seconds=60)  # of runs that were killed
     if args.size is None and args.input:
         args.size = 0
     args.batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    fit = lambda picture: tr.fit(picture, options, args.size)
     how = {"device": device, "dtype": dtype, "tile": args.tile, "scratch": args.scratch}
-    how["fallback"] = workdir / "outputs"
+    how["fallback"] = args.workdir / "outputs"
     with utils.explain_out_of_memory("lower --batch_size, or give --tile 512"):
-        for direction, (folder, pairs) in sources.items():
-            weights = args.weights or tr.find_weights(models, f"netG_{direction}", args.last)
-            weights_back = tr.find_weights(models, f"netG_{direction[::-1]}", args.last)
-            net, back = load_generator(weights, device), None
-            if weights_back.exists() and not args.weights:
-                back = load_generator(weights_back, device)
-            ranges, to = tr.find_ranges(options, direction, net), direction[-1]
-            names, kind = [name for name, _ in pairs], (net.output_nc, any(ranges))
-            suffixes = [formats.output_suffix(folder / name, *kind) for name in names]
-            outputs = tr.output_names(names, suffixes)
-            rows = [
-                tr.Translation(direction, str((folder / name).absolute()), f"{to}/{output}", truth)
-                for (name, truth), output in zip(pairs, outputs, strict=True)
-            ]
-            for parent in {(workdir / "outputs" / row.output).parent for row in rows}:
-                utils.make_folder(parent)
-            in_units = {r: 0 for r in rows if any(ranges) or r.output.endswith(formats.STACKED)}
-            plain = [row for row in rows if row not in in_units][rank::world_size]
-            mine = stacks.group_rows(list(in_units))[rank::world_size]
-            compared, bar = rows[: args.compare], direction if rank == 0 else None
-            load = lambda path, n=net.input_nc: fit(datasets.load_image(path, n, axis=axis))
-            done = translate_rows(args, plain, compared, net, back, load, how, bar)
-            common = net, bar, ranges, fit, axis, f"{weights.name} (CycleGAN)", how
-            done[0].update(stacks.translate_stacks(args, mine, compared, *common))
-            parts = [done] * world_size
-            if world_size > 1:
-                dist.all_gather_object(parts, done)
-            failed = {row: reason for failed, _ in parts for row, reason in failed.items()}
-            code = 1 if failed else code
-            if rank == 0:
-                translated = [row for row in rows if row not in failed]
-                tr.write_index(workdir, translated, [direction])
-                out = workdir / "outputs" / to
-                print(f"{direction}: {len(translated)} of {len(rows)} pictures translated to {out}")
-                print_errors(direction, sum(sums for _, sums in parts))
-                for row, reason in failed.items():
-                    line = f"could not be read: {row.source}: {reason}"
-                    print(line.encode(errors="replace").decode())
+        all_read = [
+            translate_direction(args, direction, *source, models, options, how)
+            for direction, source in sources.items()
+        ]
     if rank == 0:
         from tools.report import write_report
 
-        print(f"report: {write_report(workdir)}")
-    return code
+        print(f"report: {write_report(args.workdir)}")
+    return 0 if all(all_read) else 1
 
 
 if __name__ == "__main__":

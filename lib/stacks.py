@@ -127,20 +127,20 @@ def translate_windows(
 
 
 def translate_stack(
-    args, net, paths: list[Path], outputs: list[Path], ranges: tuple, fit: Callable, axis: int,
-    note: str, how: dict,
+    args, paths: list[Path], outputs: list[Path], net, ranges: tuple, options: dict, note: str,
+    how: dict,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Translate one file, or one DICOM series, to `outputs`; a source and its translation to show.
 
-    `args` are the options of test.py, `ranges` those of source and target, or None; `fit` resizes a
-    picture; `axis` is across the slices of a volume; `note` is kept in the file; for `how` see
-    `tr.translate_batch`.
+    `args` are the options of test.py, `options` those of the run, `ranges` those of source and
+    target, or None; `note` is kept in the file; for `how` see `tr.translate_batch`.
 
     Raises:
         UnreadableImage: a picture of it cannot be decoded, or is of other channels.
         UserError: floats, and no range.
     """
-    source = formats.read(paths, net.input_nc, axis)
+    source = formats.read(paths, net.input_nc, options.get("axis", -1))
+    fit = lambda picture: tr.fit(picture, options, args.size)
     film = isinstance(source, Film)
     if film and net.output_nc not in (1, 3):
         raise UnreadableImage(f"a film cannot have the {net.output_nc} channels of the network")
@@ -180,7 +180,7 @@ def group_rows(rows: list[tr.Translation]) -> list[list[tr.Translation]]:
 
 
 def translate_stacks(
-    args, groups: list[list[tr.Translation]], compared: list, net, bar: str | None, *common
+    args, groups: list[list[tr.Translation]], compared: list, bar: str | None, *common
 ) -> dict[tr.Translation, str]:
     """Translate the groups' files, and write pictures to compare of those that are in `compared`.
 
@@ -191,11 +191,11 @@ def translate_stacks(
         outputs = [args.workdir / "outputs" / row.output for row in group]
         try:
             paths = [Path(row.source) for row in group]
-            source, fake = translate_stack(args, net, paths, outputs, *common)
+            source, fake = translate_stack(args, paths, outputs, *common)
         except UnreadableImage as error:
             failed.update(dict.fromkeys(group, str(error)))
             continue
         if group[0] in compared:
-            strip = tr.side_by_side(fake, datasets.resize(source, fake.shape[1::-1]))
-            utils.save_picture(args.workdir / "result" / tr.comparison_name(group[0]), strip)
+            path = args.workdir / "result" / tr.comparison_name(group[0])
+            utils.save_picture(path, tr.side_by_side(fake, source))
     return failed

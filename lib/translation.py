@@ -86,15 +86,14 @@ def find_split(dataroot: Path, split: str, domain: str, options: dict) -> Path:
     return datasets.find_split(dataroot, split + swap(domain, options))
 
 
-def find_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
-    """Return the name of each picture in folder `source`, and its truth in `target` or "".
+def find_pairs(source: Path, target: Path) -> list[tuple[Path, Path | None]]:
+    """Return each picture in folder `source`, and its ground truth in `target` or None.
 
     Names match but for the ending and a last _A or _B (as in the maps and facades sets).
     """
     key = lambda name: re.sub("_[AB]$", "", name.rpartition(".")[0])
-    truths = {key(name): name for name in datasets.list_images(target)}
-    truths = {name: str((target / truth).absolute()) for name, truth in truths.items()}
-    return [(name, truths.get(key(name), "")) for name in datasets.list_images(source)]
+    truths = {key(name): target / name for name in datasets.list_images(target)}
+    return [(source / name, truths.get(key(name))) for name in datasets.list_images(source)]
 
 
 def find_ranges(options: dict, direction: str, net=None) -> tuple[tuple | None, tuple | None]:
@@ -108,10 +107,16 @@ def find_ranges(options: dict, direction: str, net=None) -> tuple[tuple | None, 
 # Translating files
 
 
-def prepare(path: Path, channels: int, options: dict, limits: tuple | None = None) -> np.ndarray:
-    """Decode a picture at the scale of the run's `options`, (H, W, channels); see load_image."""
-    axis = options.get("axis", -1)
-    return fit(datasets.load_image(path, channels, limits, axis=axis), options, None)
+def prepare(
+    path: Path,
+    channels: int,
+    options: dict,
+    limits: tuple | None = None,
+    size: int | None = None,
+) -> np.ndarray:
+    """Decode a picture, (H, W, channels), and resize it; see datasets.load_image and `fit`."""
+    picture = datasets.load_image(path, channels, limits, axis=options.get("axis", -1))
+    return fit(picture, options, size)
 
 
 def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
@@ -121,15 +126,15 @@ def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
     did, without crop and flip (`options` are the run's; without any the picture is left as it is).
     """
     height, width = picture.shape[:2]
+    preprocess = options.get("preprocess", "none") if size is None else "none"
     if size:
         scale = size / min(height, width)
-        return datasets.resize(picture, (round(width * scale), round(height * scale)))
-    if size is None and options.get("preprocess") == "resize_and_crop":
-        return datasets.resize(picture, (options["size"], options["size"]))
-    if size is None and str(options.get("preprocess")).startswith("scale_width"):
+        width, height = round(width * scale), round(height * scale)
+    elif preprocess == "resize_and_crop":
+        width = height = options["size"]
+    elif preprocess.startswith("scale_width"):
         width, height = options["load_size"], round(height * options["load_size"] / width)
-        return datasets.resize(picture, (width, max(1, height)))
-    return picture
+    return datasets.resize(picture, (width, max(1, height)))
 
 
 class SharedNorm(nn.Module):
@@ -162,19 +167,14 @@ def share_norm(net, keep: float = 0.0) -> nn.Module:
         UserError: the network has no instance norm.
     """
     net = copy.deepcopy(net) if isinstance(net, nn.Module) else nn.Identity()
-    norms = [
-        (module, name, child)
-        for module in net.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.InstanceNorm2d)
-    ]
+    norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.InstanceNorm2d)}
     if not norms:
         raise UserError(
             "--volume_norm and --smooth share the statistics of instance norm, which this network "
             "does not have: leave them out"
         )
-    for module, name, child in norms:
-        setattr(module, name, SharedNorm(child.eps, keep))
+    for name, norm in norms.items():
+        net.set_submodule(name, SharedNorm(norm.eps, keep))
     return net
 
 
@@ -271,23 +271,25 @@ def translate_files(
                 i += len(batch)
 
 
-def load_truth(path: Path, fake: np.ndarray, limits: tuple | None = None) -> np.ndarray | None:
-    """Return a ground truth in the size of its translation; None if it cannot be read.
+def load_truth(
+    path: str | Path | None, fake: np.ndarray, limits: tuple | None = None
+) -> np.ndarray | None:
+    """Return a ground truth in the size of its translation; None: there is none that can be read.
 
     (Where it is itself a source, that is reported.)
     """
-    try:
-        truth = datasets.load_image(path, fake.shape[2], limits)
-        return datasets.resize(truth, fake.shape[1::-1])
-    except datasets.UnreadableImage:
-        return None
+    with contextlib.suppress(datasets.UnreadableImage):
+        if path:
+            truth = datasets.load_image(Path(path), fake.shape[2], limits)
+            return datasets.resize(truth, fake.shape[1::-1])
+    return None
 
 
 def side_by_side(*pictures: np.ndarray) -> Image.Image:
-    """Return (H, W, C) pictures of one size, and any C, as one RGB image of at most SHOWN each."""
+    """Return (H, W, C) pictures, of any C, as one RGB image: in the size of the first, or SHOWN."""
     parts = []
     for picture in pictures:
-        image = datasets.to_rgb(picture)
+        image = datasets.to_rgb(datasets.resize(picture, pictures[0].shape[1::-1]))
         image.thumbnail((SHOWN, SHOWN))  # only ever smaller
         parts.append(np.asarray(image))
     return Image.fromarray(np.hstack(parts))

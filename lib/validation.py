@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +36,8 @@ def find_split_pairs(
     dataroot: Path, split: str, options: dict
 ) -> dict[str, list[tuple[Path, Path | None]]]:
     """Return for A2B and B2A the pictures of a split, each with its ground truth or None."""
-    folders, pairs = {x: find_split(dataroot, split, x, options) for x in "AB"}, {}
-    for direction in ("A2B", "B2A"):
-        source, target = folders[direction[0]], folders[direction[-1]]
-        found = find_pairs(source, target)
-        pairs[direction] = [
-            (source / name, Path(truth) if truth else None) for name, truth in found
-        ]
-    return pairs
+    folders = {domain: find_split(dataroot, split, domain, options) for domain in "AB"}
+    return {way: find_pairs(folders[way[0]], folders[way[-1]]) for way in ("A2B", "B2A")}
 
 
 def find_pictures(dataroot: Path, options: dict) -> dict[str, list[tuple[Path, Path | None]]]:
@@ -72,48 +65,42 @@ def measure(
     measures, scores = {}, []
     for direction, files in pairs.items():
         net, back = nets[f"netG_{direction}"], nets[f"netG_{direction[::-1]}"]
-        limits, target_limits = tr.find_ranges(options, direction)
-        load = functools.partial(tr.prepare, channels=net.input_nc, options=options, limits=limits)
-        sums, cycle, swd = np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)  # last two: sum, number
-        files, fakes = processes.share(files), []
+        ranges = tr.find_ranges(options, direction)
+        load, load_target = (
+            functools.partial(tr.prepare, channels=channels, options=options, limits=limits)
+            for channels, limits in zip((net.input_nc, net.output_nc), ranges, strict=True)
+        )
+        sums, means = np.zeros((2, 2, 2)), np.zeros((2, 2))  # cycle and SWD: (sum, number)
+        files, fakes, reals = processes.share(files), [], []
         sources = [source for source, _ in files]
         for i, source, fake in tr.translate_files(net, sources, load, 1, device, dtype):
-            if fake is not None:
-                fakes.append(as_pixels(fake, options["size"]))
-                (rec,) = tr.translate_batch(back, [fake], device, dtype)
-                difference = datasets.to_tensor(rec) - datasets.to_tensor(source)
-                cycle += float(difference.abs().mean()) * 127.5, 1
-                truth = tr.load_truth(files[i][1], fake, target_limits) if files[i][1] else None
-                if truth is not None:
-                    sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
-        sums, cycle = processes.sum_over_ranks(sums), processes.sum_over_ranks(cycle)
+            if fake is None:  # the training set reports it
+                continue
+            fakes.append(as_pixels(fake, options["size"]))
+            (rec,) = tr.translate_batch(back, [fake], device, dtype)
+            difference = datasets.to_tensor(rec) - datasets.to_tensor(source)
+            means[0] += float(difference.abs().mean()) * 127.5, 1
+            truth = tr.load_truth(files[i][1], fake, ranges[1])
+            if truth is not None:
+                sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
+        for target, _ in pairs[direction[::-1]]:
+            with contextlib.suppress(datasets.UnreadableImage):
+                reals.append(as_pixels(load_target(target), options["size"]))
+        if fakes and reals:  # SWD is over ranks, each of its share
+            patches = [metrics.sample_patches(pictures) for pictures in (fakes, reals)]
+            means[1] += metrics.sliced_wasserstein(*patches), 1
+        sums, means = processes.sum_over_ranks(sums), processes.sum_over_ranks(means)
         found, identity = map(metrics.masked_errors, sums)
         found |= {f"identity_{name}": value for name, value in identity.items()}
-        found["cycle"] = float(cycle[0] / cycle[1]) if cycle[1] else float("nan")
-        targets = [source for source, _ in pairs[direction[::-1]]]
-        load = functools.partial(
-            tr.prepare, channels=net.output_nc, options=options, limits=target_limits
-        )
-        reals = [as_pixels(picture, options["size"]) for picture in load_all(targets, load)]
-        if fakes and reals:
-            patches = [metrics.sample_patches(pictures) for pictures in (fakes, reals)]
-            swd += metrics.sliced_wasserstein(*patches), 1
-        swd = processes.sum_over_ranks(swd)
-        if swd[1]:
-            found["swd"] = float(swd[0] / swd[1])  # over ranks, each of its share
+        found["cycle"] = float("nan")  # if no picture can be read
+        names = zip(("cycle", "swd"), means, strict=True)
+        found |= {name: float(total / n) for name, (total, n) in names if n}
         measures |= {f"{name}_{direction}": value for name, value in found.items()}
         scores.append(found.get("mae", found.get("swd", found["cycle"])))
     return measures, sum(scores) / len(scores)
 
 
-def load_all(paths: list[Path], load: Callable) -> Iterator[np.ndarray]:
-    """Yield the pictures (H, W, C) that can be read."""
-    for path in paths:
-        with contextlib.suppress(datasets.UnreadableImage):  # the training set reports it
-            yield load(path)
-
-
 def as_pixels(picture: np.ndarray, size: int) -> torch.Tensor:
     """Return a picture (H, W, C) of any type as an RGB tensor (3, size, size), uint8."""
     pixels = datasets.resize(np.array(datasets.to_rgb(picture)), (size, size))
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
