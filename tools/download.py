@@ -115,7 +115,7 @@ def fetch_rest(url: str, part: Path, kind: str) -> bool:
         size = int(total) if total else None
         with tqdm(total=size, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar:
             while chunk:
-                with utils.writing(part), open(part, "ab") as file:  # an error in reading is none
+                with utils.writing(part), open(part, "ab") as file:  # not the reading
                     file.write(chunk)
                 bar.update(len(chunk))
                 chunk = response.read(CHUNK)
