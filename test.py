@@ -155,6 +155,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--size", type=int, help=size_help)
     group.add_argument("--batch_size", type=int, default=0, help="pictures at once (8 on a GPU)")
     group.add_argument("--compare", type=int, default=8, help="comparison pictures in result/ (8)")
+    views_help = "average over views: 2, the mirror image too; 8, quarter turns too (1)"
+    group.add_argument("--views", type=int, choices=[1, 2, 8], default=1, help=views_help)
     tiling.add_options(parser)
     stacks.add_options(parser)
     group = tr.add_model_options(parser)
@@ -188,6 +190,7 @@ def main(args: argparse.Namespace) -> int:
         args.size = 0
     args.batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
     how = {"device": device, "dtype": dtype, "tile": args.tile, "scratch": args.scratch}
+    how["views"] = args.views
     how["fallback"] = args.workdir / "outputs"
     with utils.explain_out_of_memory("lower --batch_size, or give --tile 512"):
         all_read = [

@@ -43,8 +43,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise UserError if an option is out of range."""
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth is {args.smooth}, but must be at least 0 and below 1")
-    if args.smooth and args.tile:
-        raise UserError("--smooth takes whole frames through the network: leave out --tile")
+    if args.smooth and (args.tile or args.views > 1):
+        raise UserError("--smooth takes frames through once and whole: leave out --tile and --views")
     for name in ("range_A", "range_B"):
         limits = vars(args)[name]
         if limits and not limits[0] < limits[1]:
@@ -155,6 +155,8 @@ def translate_stack(
     elif "raster" in source.geometry and args.size == 0:
         view = Windows(source, low, net.input_nc)
         if tile := tiling.pick_tile(net, [view], how["dtype"], how["tile"]):
+            if args.views > 1:
+                raise UserError(f"{paths[0]} goes through the network by tiles: leave out --views")
             how = {name: how[name] for name in ("dtype", "scratch", "fallback")} | {"tile": tile}
             return translate_windows(net, source, outputs[0], limits, high, note, **how)
     shown = []

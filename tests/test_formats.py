@@ -847,8 +847,9 @@ def test_films_and_their_frames(net, tmp_path, capsys):
     torch.save(net.state_dict(), tmp_path / "net.pth")
     words = ["--workdir", tmp_path, "--weights", tmp_path / "net.pth", "--input", film]
     words = [str(word) for word in [*words, "--device", "cpu", "--amp", "off"]]
-    with pytest.raises(UserError, match="leave out --tile$"):
-        test.main(test.parse_args([*words, "--smooth", "0.9", "--tile", "64"]))
+    for other in (["--tile", "64"], ["--views", "2"]):
+        with pytest.raises(UserError, match="leave out --tile and --views$"):
+            test.main(test.parse_args([*words, "--smooth", "0.9", *other]))
     assert test.main(test.parse_args([*words, "--side_by_side", "--smooth", "0.9"])) == 0
     frames = list(formats.read(tmp_path / "outputs" / "B" / "clip.mp4"))
     assert len(frames) == 8 and frames[0].shape == (48, 128, 3)

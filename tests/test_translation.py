@@ -60,6 +60,28 @@ def test_size_is_the_shorter_side(height, width, models, tmp_path):
         assert made.size[::-1] == expected
 
 
+@pytest.mark.parametrize("views", [1, 2, 8])
+def test_views_are_averaged(views, models, tmp_path):
+    """The mean of the translations of flipped and turned pictures, each turned back; tiles too."""
+    picture = draw(tmp_path / "in" / "x.png", 0, 24, 40)
+    x, net = datasets.to_tensor(picture)[None], make_net(0)
+    turned = {1: [x], 2: [x, x.flip(3)]}.get(views)
+    if turned is None:
+        turned = [v.rot90(k, (2, 3)) for v in (x, x.flip(3)) for k in range(4)]
+    made = [translate(net, v) for v in turned]
+    if views == 8:
+        made = [y.rot90(-k, (2, 3)) for y, k in zip(made, [0, 1, 2, 3] * 2, strict=True)]
+    half = max(1, views // 2)
+    mean = sum(made[:half] + [y.flip(3) for y in made[half:]]) / views
+    for more in ([], ["--tile", 16]):
+        words = ["--input", tmp_path / "in", "--views", views, *more]
+        assert run_test(tmp_path, models, *words) == 0
+        with Image.open(tmp_path / "outputs/B/x.png") as file:
+            difference = abs(np.asarray(file).astype(int) - datasets.to_array(mean[0]))
+        assert difference.max() <= 1
+    assert views == 1 or abs(datasets.to_array(mean[0]) - plain(net, picture).astype(int)).max() > 9
+
+
 def test_ground_truth_is_found_measured_and_shown(models, tmp_path, capsys):
     """Names as in maps; the error equals plain arithmetic; the strip's parts are in order."""
     source = draw(tmp_path / "data/testA/1_A.png", 0, 20, 24)
