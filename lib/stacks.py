@@ -44,7 +44,7 @@ def check_options(args: argparse.Namespace) -> None:
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth is {args.smooth}, but must be at least 0 and below 1")
     if args.smooth and (args.tile or args.views > 1):
-        raise UserError("--smooth takes frames through once and whole: leave out --tile and --views")
+        raise UserError("--smooth takes each frame through once: leave out --tile and --views")
     for name in ("range_A", "range_B"):
         limits = vars(args)[name]
         if limits and not limits[0] < limits[1]:
