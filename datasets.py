@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from tqdm.contrib.concurrent import thread_map
 
-from lib import formats
-from lib.formats import UnreadableImage
+from lib import formats, units
 from lib.processes import worker_context
+from lib.units import UnreadableImage
 from utils import UserError, writing
 
 EXTENSIONS = formats.PICTURES + formats.UNITS
@@ -104,7 +104,7 @@ def load_image(
     limits = limits or source.limits
     if limits is None:
         raise UnreadableImage("it holds floats: say their range with --range_A or --range_B")
-    return formats.to_unit(picture, limits)
+    return units.to_unit(picture, limits)
 
 
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -6,7 +6,6 @@ python test.py --weights horse2zebra.pth --input photos/     published weights
 """
 
 import argparse
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 import datasets
 import utils
-from lib import devices, formats, metrics, processes, stacks, tiling
+from lib import devices, formats, metrics, outputs, processes, stacks, tiling
 from lib import translation as tr
 from lib.weights import load_generator
 from utils import UserError
@@ -46,16 +45,16 @@ def find_sources(
 
 
 def translate_pictures(
-    args, rows: list, compared: list, net, back, load: Callable, bar: str | None, how: dict
-) -> tuple[dict[tr.Translation, str], np.ndarray]:
-    """Write the outputs of these rows, and pictures to compare of those that are in `compared`.
+    args, rows: list, compared: list, bar: str | None, net, back, options: dict, how: dict
+) -> tuple[dict[outputs.Translation, str], np.ndarray]:
+    """Write the translations of plain pictures, and comparisons of those that are in `compared`.
 
-    `back` is the generator of the other direction, or None; `load` decodes a file; for `how` see
+    `back` is the generator of the other direction, or None; `options` are the run's; for `how` see
     `tr.translate_batch`. Returns why some sources could not be read, and the sums of
     `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
     """
-    outputs, result = args.workdir / "outputs", args.workdir / "result"
-    paths = [Path(row.source) for row in rows]
+    folder, paths = args.workdir / "outputs", [Path(row.source) for row in rows]
+    load = lambda path: tr.prepare(path, net.input_nc, options, size=args.size)
     fakes = tr.translate_files(net, paths, load, args.batch_size, **how)
     failed, sums, saving = {}, np.zeros((2, 2, 2)), []
     with ThreadPoolExecutor(tr.WORKERS) as pool:
@@ -66,81 +65,64 @@ def translate_pictures(
                 continue
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
-            saving.append(pool.submit(formats.save_array, outputs / row.output, fake))
+            saving.append(pool.submit(formats.save_array, folder / row.output, fake))
             truth = tr.load_truth(row.truth, fake)
             if truth is not None:
                 sums += [metrics.error_sums(p, source, truth) for p in (fake, source)]
             if row in compared:
-                name = tr.comparison_name(row)
-                utils.save_picture(result / name, tr.side_by_side(fake, source))
+                outputs.save_comparison(args.workdir / "result", row, fake, source)
                 # the way back would double the hours of a large picture
                 if back is not None and not tiling.pick_tile(back, [fake], how["dtype"], args.tile):
                     (rec,) = tr.translate_batch(back, [fake], **how | {"tile": 0})
-                    strip = tr.side_by_side(source, fake, rec, *([] if truth is None else [truth]))
-                    utils.save_picture(outputs / "cycle" / name, strip)
+                    known = [] if truth is None else [truth]
+                    outputs.save_comparison(folder / "cycle", row, source, fake, rec, *known)
         for future in saving:
             future.result()
     return failed, sums
 
 
 def translate_direction(
-    args, direction: str, folder: Path, pairs: list, models: Path, options: dict, how: dict
+    args, direction: str, folder: Path, pairs: list, options: dict, how: dict
 ) -> bool:
-    """Translate the pictures `pairs` below `folder`, see `find_sources`, on all ranks together.
+    """Translate the pictures that `find_sources` found, on all ranks together.
 
-    `models` is the folder of the weights, `options` are the run's; for `how` see
-    `tr.translate_batch`. Returns whether all pictures could be read.
+    `options` are the run's; for `how` see `tr.translate_batch`. Returns whether all could be read.
     """
     rank, world_size = processes.join_processes()
-    weights = args.weights or tr.find_weights(models, f"netG_{direction}", args.last)
-    weights_back = tr.find_weights(models, f"netG_{direction[::-1]}", args.last)
+    weights = args.weights or tr.find_weights(args.models, f"netG_{direction}", args.last)
+    weights_back = tr.find_weights(args.models, f"netG_{direction[::-1]}", args.last)
     net, back = load_generator(weights, how["device"]), None
     if weights_back.exists() and not args.weights:
         back = load_generator(weights_back, how["device"])
-
     ranges = tr.find_ranges(options, direction, net)
-    suffixes = [formats.output_suffix(path, net.output_nc, any(ranges)) for path, _ in pairs]
-    names = [path.relative_to(folder).as_posix() for path, _ in pairs]
-    to, rows = direction[-1], []
-    for (path, truth), output in zip(pairs, tr.output_names(names, suffixes), strict=True):
-        truth = str(truth.absolute()) if truth else ""
-        rows.append(tr.Translation(direction, str(path.absolute()), f"{to}/{output}", truth))
+    rows = outputs.plan(direction, folder, pairs, net.output_nc, any(ranges))
     for parent in {(args.workdir / "outputs" / row.output).parent for row in rows}:
         utils.make_folder(parent)
-
     in_units = {row: any(ranges) or row.output.endswith(formats.STACKED) for row in rows}
     plain = processes.share([row for row in rows if not in_units[row]])
     groups = processes.share(stacks.group_rows([row for row in rows if in_units[row]]))
-    compared, bar = rows[: args.compare], direction if rank == 0 else None
-    load = lambda path: tr.prepare(path, net.input_nc, options, size=args.size)
-    done = translate_pictures(args, plain, compared, net, back, load, bar, how)
+    shown = rows[: args.compare], direction if rank == 0 else None
     note = f"{weights.name} (CycleGAN)"
-    done[0].update(
-        stacks.translate_stacks(args, groups, compared, bar, net, ranges, options, note, how)
-    )
-    parts = [done] * world_size
+    failed, sums = translate_pictures(args, plain, *shown, net, back, options, how)
+    failed |= stacks.translate_stacks(args, groups, *shown, net, ranges, options, note, how)
+    parts = [(failed, sums)] * world_size
     if world_size > 1:
-        dist.all_gather_object(parts, done)
+        dist.all_gather_object(parts, (failed, sums))
     failed = {row: reason for failed, _ in parts for row, reason in failed.items()}
     if rank == 0:
         translated = [row for row in rows if row not in failed]
-        tr.write_index(args.workdir, translated, [direction])
-        out = args.workdir / "outputs" / to
+        outputs.write_index(args.workdir, translated, [direction])
+        out = args.workdir / "outputs" / direction[-1]
         print(f"{direction}: {len(translated)} of {len(rows)} pictures translated to {out}")
-        print_errors(direction, sum(sums for _, sums in parts))
+        found, identity = map(metrics.masked_errors, sum(sums for _, sums in parts))
+        words = {"mae": "whole picture", "changed": "where they differ", "kept": "elsewhere"}
+        errors = [f"{words[k]} {found[k]:.2f} (identity {identity[k]:.2f})" for k in found]
+        if errors:  # a truth is known
+            print(f"{direction}: error vs. ground truth, of 255: {', '.join(errors)}")
         for row, reason in failed.items():
             line = f"could not be read: {row.source}: {reason}"
             print(line.encode(errors="replace").decode())
     return not failed
-
-
-def print_errors(direction: str, sums: np.ndarray) -> None:
-    """Print the error vs. ground truth, from `metrics.error_sums`, if a truth is known."""
-    found, identity = map(metrics.masked_errors, sums)
-    words = {"mae": "whole picture", "changed": "where they differ", "kept": "elsewhere"}
-    parts = [f"{words[k]} {found[k]:.2f} (identity {identity[k]:.2f})" for k in found]
-    if parts:
-        print(f"{direction}: error vs. ground truth, of 255: {', '.join(parts)}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -174,10 +156,12 @@ def main(args: argparse.Namespace) -> int:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
     rank, _ = processes.join_processes()
     device, dtype = devices.setup(args)
-    models = args.models or args.workdir / "models"
-    if not models.is_dir() and not args.weights:
-        raise UserError(f"there is no folder {models}: train first, or name --models or --weights")
-    options = tr.read_options(args.weights.parent if args.weights else models)
+    args.models = args.models or args.workdir / "models"
+    if not args.models.is_dir() and not args.weights:
+        raise UserError(
+            f"there is no folder {args.models}: train first, or name --models or --weights"
+        )
+    options = tr.read_options(args.weights.parent if args.weights else args.models)
     options |= {name: vars(args)[name] for name in stacks.KEPT if vars(args)[name] is not None}
     directions = ["A2B", "B2A"]
     if args.direction or args.input or args.weights:
@@ -194,7 +178,7 @@ def main(args: argparse.Namespace) -> int:
     how["fallback"] = args.workdir / "outputs"
     with utils.explain_out_of_memory("lower --batch_size, or give --tile 512"):
         all_read = [
-            translate_direction(args, direction, *source, models, options, how)
+            translate_direction(args, direction, *source, options, how)
             for direction, source in sources.items()
         ]
     if rank == 0:

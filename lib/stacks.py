@@ -10,10 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 import datasets
-import utils
-from lib import formats, tiling
+from lib import dicom, formats, norms, rasters, tiling, units
 from lib import translation as tr
-from lib.formats import Film, Pictures, UnreadableImage
+from lib.films import Film
+from lib.outputs import Translation, save_comparison
+from lib.units import Pictures, UnreadableImage
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def translate_pictures(
 
     def load() -> list[tuple[np.ndarray, np.ndarray]]:
         batch = itertools.islice(pictures, batch_size)
-        return [(picture, fit(formats.to_unit(picture, limits[0]))) for picture in batch]
+        return [(picture, fit(units.to_unit(picture, limits[0]))) for picture in batch]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load)
@@ -81,31 +82,7 @@ def translate_pictures(
                 for picture, fake in zip(shown, fakes, strict=True):  # (h, w, C) in [-1, 1]
                     if not isinstance(source, Film):
                         fake = datasets.resize(fake, picture.shape[1::-1])
-                    yield picture, formats.from_unit(fake, limits[1], picture)
-
-
-class Windows:
-    """A raster that is sliced like an array (H, W, C) in [-1, 1], and read or written that way.
-
-    Of a `target` (a raster to write, and what turns values into its bands) only slices are set.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, source: Pictures, limits: tuple, channels: int, target: tuple | None = None):
-        self.source, self.limits, self.target = source, limits, target
-        self.shape = (*source.geometry["raster"], channels)
-
-    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        with formats.decoding(self.source.paths[0]):
-            return formats.to_unit(self.source.get(0, window), self.limits)
-
-    def __setitem__(self, window: tuple[slice, slice], values: np.ndarray) -> None:
-        with formats.decoding(self.source.paths[0]):
-            picture = self.source.get(0, window)
-        raster, store = self.target
-        bands = store(formats.from_unit(values, self.limits, picture))
-        raster.write(bands, window=tuple((part.start, part.stop) for part in window))
+                    yield picture, units.from_unit(fake, limits[1], picture)
 
 
 def translate_windows(
@@ -115,15 +92,15 @@ def translate_windows(
 
     Returns a window of the source and of its translation, to show.
     """
-    view = Windows(source, limits[0], net.input_nc)
+    view = rasters.Windows(source, limits[0], net.input_nc)
     shape = (*view.shape[:2], net.output_nc)
     # not compressed: a block that is written in parts would be stored again each time
-    with formats.create_raster(output, source, shape, stored, note, None) as target:
-        result = Windows(source, limits[1], net.output_nc, target)
+    with rasters.create_raster(output, source, shape, stored, note, None) as target:
+        result = rasters.Windows(source, limits[1], net.output_nc, target)
         tiling.translate_pictures(net, [view], np.float32, targets=[result], **how)
     middle = tuple(slice(n // 2 - min(n // 2, 256), n // 2 + 256) for n in shape[:2])
     fake = formats.read(output)
-    return view[middle], formats.to_unit(fake.get(0, middle), limits[1])
+    return view[middle], units.to_unit(fake.get(0, middle), limits[1])
 
 
 def translate_stack(
@@ -149,11 +126,11 @@ def translate_stack(
         raise formats.ask_for_range(paths[0])
     limits, batch_size = (low, high or low), args.batch_size
     if film and args.smooth:
-        net, batch_size, how = tr.share_norm(net, args.smooth), 1, how | {"tile": 0}
+        net, batch_size, how = norms.share_norm(net, args.smooth), 1, how | {"tile": 0}
     elif args.volume_norm and len(source) > 1 and not film:
         batch_size, how = len(source), how | {"joint": True}
     elif "raster" in source.geometry and args.size == 0:
-        view = Windows(source, low, net.input_nc)
+        view = rasters.Windows(source, low, net.input_nc)
         if tile := tiling.pick_tile(net, [view], how["dtype"], how["tile"]):
             if args.views > 1:
                 raise UserError(f"{paths[0]} goes through the network by tiles: leave out --views")
@@ -165,7 +142,7 @@ def translate_stack(
         pairs = translate_pictures(net, source, limits, fit, batch_size, **how)
         for i, (picture, fake) in enumerate(pairs):
             if i == len(source) // 2 or not shown:
-                shown[:] = formats.to_unit(picture, low), formats.to_unit(fake, limits[1])
+                shown[:] = units.to_unit(picture, low), units.to_unit(fake, limits[1])
             if film and args.side_by_side:
                 left = fit(picture)
                 fake = np.hstack([left, np.broadcast_to(fake, left.shape)])
@@ -175,15 +152,15 @@ def translate_stack(
     return shown[0], shown[1]
 
 
-def group_rows(rows: list[tr.Translation]) -> list[list[tr.Translation]]:
+def group_rows(rows: list[Translation]) -> list[list[Translation]]:
     """The rows of each file, those of one DICOM series together."""
     of = {Path(row.source): row for row in rows}
-    return [[of[path] for path in paths] for paths in formats.group_series(list(of))]
+    return [[of[path] for path in paths] for paths in dicom.group_series(list(of))]
 
 
 def translate_stacks(
-    args, groups: list[list[tr.Translation]], compared: list, bar: str | None, *common
-) -> dict[tr.Translation, str]:
+    args, groups: list[list[Translation]], compared: list, bar: str | None, *common
+) -> dict[Translation, str]:
     """Translate the groups' files, and write pictures to compare of those that are in `compared`.
 
     For `common` see `translate_stack`. Returns why some sources could not be read.
@@ -198,6 +175,5 @@ def translate_stacks(
             failed.update(dict.fromkeys(group, str(error)))
             continue
         if group[0] in compared:
-            path = args.workdir / "result" / tr.comparison_name(group[0])
-            utils.save_picture(path, tr.side_by_side(fake, source))
+            save_comparison(args.workdir / "result", group[0], fake, source)
     return failed

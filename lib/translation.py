@@ -1,38 +1,25 @@
-"""What test.py, training and the tools share: find pictures, translate them, write them.
-
-`outputs/index.csv` says which file test.py made from which.
-"""
+"""What test.py, training and the tools share: find a run's weights and pictures, translate them."""
 
 import argparse
 import contextlib
-import copy
-import csv
-import hashlib
-import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 
 import datasets
 import utils
-from lib import devices, formats, tiling
+from lib import devices, norms, tiling, units
 from lib.weights import OnnxGenerator
 from models import translate
 from utils import UserError
 
 WORKERS = 4  # threads that decode and save while the network computes
-LONGEST_NAME = 255  # bytes; the limit of common file systems
-SHOWN = 2048  # pixels of the longer side of a picture in a comparison
 
 # ------------------------------------------------------------------------------------------------
 # A run's weights and pictures
@@ -108,11 +95,7 @@ def find_ranges(options: dict, direction: str, net=None) -> tuple[tuple | None, 
 
 
 def prepare(
-    path: Path,
-    channels: int,
-    options: dict,
-    limits: tuple | None = None,
-    size: int | None = None,
+    path: Path, channels: int, options: dict, limits: tuple | None = None, size: int | None = None
 ) -> np.ndarray:
     """Decode a picture, (H, W, channels), and resize it; see datasets.load_image and `fit`."""
     picture = datasets.load_image(path, channels, limits, axis=options.get("axis", -1))
@@ -137,47 +120,6 @@ def fit(picture: np.ndarray, options: dict, size: int | None) -> np.ndarray:
     return datasets.resize(picture, (width, max(1, height)))
 
 
-class SharedNorm(nn.Module):
-    """Instance norm by the statistics of a whole batch, averaged with those of the last batches.
-
-    With statistics of its own for each picture, a network's brightness and colors flicker from one
-    slice or frame to the next. `keep` is how much of the average stays at each batch: 0 for this
-    batch alone. The first ones have equal weights, as in a plain mean.
-    """
-
-    def __init__(self, eps: float, keep: float):
-        super().__init__()
-        self.eps, self.keep, self.n, self.means = eps, keep, 0, 0.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = x.float()  # (N, C, H, W)
-        mean = z.mean((0, 2, 3), keepdim=True)
-        square = (z - mean).square().mean((0, 2, 3), keepdim=True) + mean**2
-        self.n += 1
-        weight = max(1 - self.keep, 1 / self.n)
-        self.means = self.means + weight * (torch.stack([mean, square]) - self.means)
-        mean, square = self.means
-        return ((z - mean) * (square - mean**2 + self.eps).rsqrt()).to(x.dtype)
-
-
-def share_norm(net, keep: float = 0.0) -> nn.Module:
-    """A copy of a generator with a `SharedNorm` for each instance norm.
-
-    Raises:
-        UserError: the network has no instance norm.
-    """
-    net = copy.deepcopy(net) if isinstance(net, nn.Module) else nn.Identity()
-    norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.InstanceNorm2d)}
-    if not norms:
-        raise UserError(
-            "--volume_norm and --smooth share the statistics of instance norm, which this network "
-            "does not have: leave them out"
-        )
-    for name, norm in norms.items():
-        net.set_submodule(name, SharedNorm(norm.eps, keep))
-    return net
-
-
 def translate_array(
     net,
     array: np.ndarray,
@@ -197,18 +139,18 @@ def translate_array(
     Raises:
         ValueError: floats and no `value_range`, or not the channels of the network.
     """
-    value_range = value_range or formats.integer_limits(array.dtype)
+    value_range = value_range or units.integer_limits(array.dtype)
     if value_range is None or array.ndim != 3 or array.shape[2] != net.input_nc:
         raise ValueError(
             f"{array.dtype} of shape {array.shape}: give (H, W, {net.input_nc}), of floats with "
             "their value_range"
         )
-    x = formats.to_unit(array, value_range)
+    x = units.to_unit(array, value_range)
     on_cpu = isinstance(net, OnnxGenerator)
     device = torch.device("cpu") if on_cpu else next(net.parameters()).device
     (y,) = translate_batch(net, [x], device, dtype, np.float32, tile=tile)
-    values = formats.from_unit(y, target_range or value_range, array)
-    return formats.to_stored(values, array.dtype)
+    values = units.from_unit(y, target_range or value_range, array)
+    return units.to_stored(values, array.dtype)
 
 
 def translate_batch(
@@ -231,7 +173,7 @@ def translate_batch(
     one whole batch, the size of the tiles that they go through the network in, or None: tiles only
     if the batch would not fit into memory. For `scratch` see `tiling.translate_pictures`.
     """
-    shared = share_norm(net) if joint else net
+    shared = norms.share_norm(net) if joint else net
     if kind is None:
         colors = net.output_nc in (3, 4) and pictures[0].dtype != np.float32
         kind = np.uint8 if colors else pictures[0].dtype
@@ -293,88 +235,3 @@ def load_truth(
             truth = datasets.load_image(Path(path), fake.shape[2], limits)
             return datasets.resize(truth, fake.shape[1::-1])
     return None
-
-
-def side_by_side(*pictures: np.ndarray) -> Image.Image:
-    """Return (H, W, C) pictures, of any C, as one RGB image: in the size of the first, or SHOWN."""
-    parts = []
-    for picture in pictures:
-        image = datasets.to_rgb(datasets.resize(picture, pictures[0].shape[1::-1]))
-        image.thumbnail((SHOWN, SHOWN))  # only ever smaller
-        parts.append(np.asarray(image))
-    return Image.fromarray(np.hstack(parts))
-
-
-# ------------------------------------------------------------------------------------------------
-# outputs/index.csv
-
-
-class Translation(NamedTuple):
-    """A file that test.py wrote, and what it was made from: a row of `outputs/index.csv`."""
-
-    direction: str  # of the generator: A2B or B2A
-    source: str  # path
-    output: str  # path in outputs/
-    truth: str  # path of what the output should look like, where names match; else ""
-
-
-def comparison_name(row: Translation) -> str:
-    """Return the name of a row's comparison picture in `result/` and in `outputs/cycle/`."""
-    stem = row.output.partition("/")[2].rpartition(".")[0]
-    return shorten(stem.replace("/", "_"), ".png", f"{row.direction}_")
-
-
-def output_names(names: list[str], suffixes: list[str] | None = None) -> list[str]:
-    """Return one output name for each source name, all different even where letter case is ignored.
-
-    "a.jpg" becomes "a.png" (or has another suffix, one for each name in `suffixes`); if "a.png" is
-    there too, that becomes "a_png.png". Names too long for the file system are cut and end in a
-    hash.
-    """
-    suffixes = suffixes or [".png"] * len(names)
-    taken: set[str] = set()
-    outputs = []
-    for name, suffix in zip(names, suffixes, strict=True):
-        stem, extension = formats.split_suffix(name)
-        candidate, number = stem, 1
-        while (output := shorten(candidate, suffix)).lower() in taken:
-            candidate = f"{stem}_{extension[1:]}" + (f"_{number}" if number > 1 else "")
-            number += 1
-        taken.add(output.lower())
-        outputs.append(output)
-    return outputs
-
-
-def shorten(stem: str, suffix: str, prefix: str = "") -> str:
-    """Return `prefix + stem + suffix` with the last part cut to what a file system allows."""
-    folder, _, last = stem.rpartition("/")
-    name = f"{prefix}{last}{suffix}"
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        mark = "~" + hashlib.sha256(os.fsencode(last)).hexdigest()[:8]
-        room = LONGEST_NAME - len(os.fsencode(prefix + mark + suffix))
-        name = f"{prefix}{os.fsencode(last)[:room].decode('utf-8', 'ignore')}{mark}{suffix}"
-    return f"{folder}/{name}" if folder else name
-
-
-def write_index(workdir: Path, rows: list[Translation], directions: list[str]) -> None:
-    """Write the rows of these directions to `outputs/index.csv`; those of the other one stay."""
-    with contextlib.suppress(UserError):  # a damaged index is replaced
-        rows = [row for row in read_index(workdir) if row.direction not in directions] + rows
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([Translation._fields, *rows])
-    with utils.atomic_write(workdir / "outputs" / "index.csv") as file:
-        file.write(os.fsencode(text.getvalue()))
-
-
-def read_index(workdir: Path) -> list[Translation]:
-    """Return the rows of `outputs/index.csv`; none if test.py has not run yet.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = workdir / "outputs" / "index.csv"
-    try:
-        text = os.fsdecode(path.read_bytes()) if path.exists() else ""
-        return [Translation(*row) for row in csv.reader(io.StringIO(text, newline=""))][1:]
-    except (OSError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}): run `python test.py` again") from error

@@ -23,9 +23,10 @@ from PIL import Image
 
 import datasets
 import test
-from lib import devices, formats, metrics, validation
-from lib.formats import UnreadableImage
-from lib.translation import SharedNorm, share_norm, translate_array, translate_batch
+from lib import devices, dicom, formats, metrics, units, validation
+from lib.norms import SharedNorm, share_norm
+from lib.translation import translate_array, translate_batch
+from lib.units import UnreadableImage
 from lib.weights import load_generator
 from models import Generator, init_weights
 from tools import export
@@ -201,9 +202,9 @@ def test_whole_ranges_stay_integers():
     """So that a resumed run, whose range comes from options.json as a list, has the same bytes."""
     for dtype, most in (("uint8", 255), ("uint16", 65535)):
         picture = noise((3, 4, 1), dtype)
-        assert formats.to_unit(picture, [0.0, float(most)]) is picture
-        assert formats.to_unit(picture, (0, most)) is picture
-        assert formats.to_unit(picture, (0, most - 1)).dtype == np.float32
+        assert units.to_unit(picture, [0.0, float(most)]) is picture
+        assert units.to_unit(picture, (0, most)) is picture
+        assert units.to_unit(picture, (0, most - 1)).dtype == np.float32
 
 
 def test_translations_in_other_units(tmp_path):
@@ -241,8 +242,8 @@ def test_a_series_through_an_identity(tmp_path):
     save_dicom(tmp_path / "ct" / "other.dcm", stored[0], SeriesInstanceUID="9.9")
     ((tmp_path / "ct") / "bad.dcm").write_bytes(b"\0" * 128 + b"DICM")
     names = [path for path in sorted((tmp_path / "ct").iterdir()) if formats.is_dicom(path)]
-    groups = {len(group): group for group in formats.group_series(names)}
-    assert sorted(groups) == [1, 3] and len(formats.group_series(names)) == 3
+    groups = {len(group): group for group in dicom.group_series(names)}
+    assert sorted(groups) == [1, 3] and len(dicom.group_series(names)) == 3
     paths = groups[3]
     assert [path.name for path in paths] == ["1.2.840.17", "b.dcm", "IM1"]
     outputs = [tmp_path / f"{i}.dcm" for i in range(3)]
@@ -501,7 +502,7 @@ def test_hostile_files(kind, tmp_path):
             target.write_bytes(mutate(path.read_bytes(), rng))
             try:
                 if kind == "dicom":
-                    formats.group_series([target])
+                    dicom.group_series([target])
                 for picture in formats.read(target):
                     assert picture.ndim == 3 and picture.size
                 read += 1

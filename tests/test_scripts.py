@@ -14,7 +14,7 @@ from PIL import Image
 
 import test
 import train
-from lib import translation, validation
+from lib import outputs, translation, validation
 from lib.options import make_parser
 from lib.weights import load_generator
 from tools.demo import draw_demo
@@ -83,7 +83,7 @@ def test_train_then_test(fruit, tmp_path):
 
     said = type_command("test.py", "--compare", "1", "--workdir", tmp_path)
     assert "A2B: 2 of 2 pictures" in said and "error vs. ground truth" not in said
-    rows = [tuple(row) for row in translation.read_index(tmp_path)]
+    rows = [tuple(row) for row in outputs.read_index(tmp_path)]
     for direction, side, other in (("A2B", "A", "B"), ("B2A", "B", "A")):
         for i in range(2):
             source = str(fruit / f"test{side}" / f"{side}{i}.jpg")
@@ -108,11 +108,11 @@ def test_train_then_test(fruit, tmp_path):
     said = type_command(*launch, "--compare", "1", "--workdir", tmp_path)  # two share the files
     assert said.count("A2B: 2 of 2 pictures") == 1
     assert {path: path.read_bytes() for path in before} == before
-    assert [tuple(row) for row in translation.read_index(tmp_path)] == rows
+    assert [tuple(row) for row in outputs.read_index(tmp_path)] == rows
 
     type_command("test.py", "--input", fruit / "testA" / "A0.jpg", "--workdir", tmp_path)
     assert Image.open(tmp_path / "outputs" / "B" / "A0.png").size == (44, 40)  # its own size
-    assert [tuple(row) for row in translation.read_index(tmp_path)] == [*rows[2:], rows[0]]
+    assert [tuple(row) for row in outputs.read_index(tmp_path)] == [*rows[2:], rows[0]]
 
 
 def test_a_short_demo_run_gets_nearer_to_the_truth(tmp_path):

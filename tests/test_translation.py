@@ -10,8 +10,8 @@ from PIL import Image
 
 import datasets
 import test as test_script  # or pytest would collect it
-from lib import metrics, translation, validation
-from lib.translation import Translation
+from lib import metrics, outputs, translation, validation
+from lib.outputs import Translation
 from models import Generator, init_weights, translate
 from utils import UserError
 
@@ -91,7 +91,7 @@ def test_ground_truth_is_found_measured_and_shown(models, tmp_path, capsys):
     Image.fromarray(truth).save(tmp_path / "data/testB/1_B.png")
     draw(tmp_path / "data/testB/other.png", 1, 20, 24)
     assert run_test(tmp_path, models, "--dataroot", tmp_path / "data", "--direction", "AtoB") == 0
-    (row,) = translation.read_index(tmp_path)
+    (row,) = outputs.read_index(tmp_path)
     paths = [str(tmp_path / "data" / name) for name in ("testA/1_A.png", "testB/1_B.png")]
     assert row == ("A2B", paths[0], "B/1_A.png", paths[1])
     fake = np.asarray(Image.open(tmp_path / "outputs/B/1_A.png")).astype(float)
@@ -121,12 +121,12 @@ def test_direction_names_folders_also_where_training_swapped_them(models, tmp_pa
         f'{{"direction": "BtoA", "dataroot": "{tmp_path / "data"}", "preprocess": "none"}}'
     )
     assert run_test(tmp_path, own, "--direction", "B2A") == 0
-    (row,) = translation.read_index(tmp_path)
+    (row,) = outputs.read_index(tmp_path)
     assert (row.direction, Path(row.source).name, row.output) == ("A2B", "b.png", "B/b.png")
     picture = datasets.load_image(tmp_path / "data/testB/b.png")
     assert (datasets.load_image(tmp_path / "outputs/B/b.png") == plain(make_net(0), picture)).all()
     assert run_test(tmp_path, own) == 0  # both; the other's row comes to it
-    names = {row.direction: Path(row.source).name for row in translation.read_index(tmp_path)}
+    names = {row.direction: Path(row.source).name for row in outputs.read_index(tmp_path)}
     assert names == {"A2B": "b.png", "B2A": "a.png"}
 
 
@@ -168,23 +168,21 @@ def test_index_keeps_odd_names_and_the_other_direction(tmp_path):
     ]
     rows = [Translation("A2B", f"/s/{name}", f"B/{name}", f"/t/{name}") for name in odd]
     (tmp_path / "outputs").mkdir()
-    assert translation.read_index(tmp_path) == []
-    translation.write_index(tmp_path, rows, ["A2B"])
-    assert translation.read_index(tmp_path) == rows
+    assert outputs.read_index(tmp_path) == []
+    outputs.write_index(tmp_path, rows, ["A2B"])
+    assert outputs.read_index(tmp_path) == rows
     other = Translation("B2A", "/s", "A/x.png", "")
-    translation.write_index(tmp_path, [other], ["B2A"])
-    assert translation.read_index(tmp_path) == [*rows, other]
-    translation.write_index(
-        tmp_path, rows[:1], ["A2B"]
-    )  # the newest run of a direction replaces it
-    assert translation.read_index(tmp_path) == [other, rows[0]]
+    outputs.write_index(tmp_path, [other], ["B2A"])
+    assert outputs.read_index(tmp_path) == [*rows, other]
+    outputs.write_index(tmp_path, rows[:1], ["A2B"])  # the newest run of a direction replaces it
+    assert outputs.read_index(tmp_path) == [other, rows[0]]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["index.csv"]
     for damage in (b"direction,source\nA2B,x\n", b"\x00", b"a,b,c,d,e\n"):
         (tmp_path / "outputs/index.csv").write_bytes(damage)
         with pytest.raises(UserError, match="run `python test.py` again"):
-            translation.read_index(tmp_path)
-        translation.write_index(tmp_path, rows, ["A2B"])
-        assert translation.read_index(tmp_path) == rows
+            outputs.read_index(tmp_path)
+        outputs.write_index(tmp_path, rows, ["A2B"])
+        assert outputs.read_index(tmp_path) == rows
 
 
 # ------------------------------------------------------------------------------------------------

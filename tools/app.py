@@ -20,6 +20,7 @@ import datasets
 import utils
 from lib import devices, formats, metrics
 from lib import translation as tr
+from lib.outputs import read_index
 from lib.weights import load_generator
 from utils import UserError
 
@@ -48,7 +49,7 @@ def find_examples(workdir: Path, options: dict) -> dict[str, list[str]]:
     """Return a few sources for each direction: what test.py translated, else the test split."""
     examples = {"A2B": [], "B2A": []}
     with contextlib.suppress(UserError, KeyError):  # a damaged index; no test split
-        for row in tr.read_index(workdir):
+        for row in read_index(workdir):
             examples[row.direction].append(row.source)
         for direction in [way for way in examples if not examples[way] and "dataroot" in options]:
             folder = tr.find_split(Path(options["dataroot"]), "test", direction[0], options)

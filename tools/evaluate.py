@@ -21,6 +21,7 @@ import datasets
 import utils
 from lib import devices, formats, metrics
 from lib import translation as tr
+from lib.outputs import read_index
 from lib.weights import load_generator
 from tools.report import format_measures, write_report
 from utils import UserError
@@ -248,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
     """Measure, print the table, write `result/metrics.json` and the report."""
     device, dtype = devices.setup(args)
     outputs, index = args.workdir / "outputs", {}
-    for row in tr.read_index(args.workdir):
+    for row in read_index(args.workdir):
         if (outputs / row.output).exists() and not row.output.endswith(formats.STACKED):
             row = row._replace(output=str(outputs / row.output))
             index.setdefault(row.direction, []).append(row)

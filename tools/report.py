@@ -15,6 +15,7 @@ import datasets
 import utils
 from lib import metrics
 from lib import translation as tr
+from lib.outputs import comparison_name, read_index
 
 PER_DIRECTION = 8  # translations shown
 WIDEST = 1200  # pixels; wider pictures are shrunk, so that the page stays a few MB
@@ -84,9 +85,9 @@ def find_strips(workdir: Path, direction: str, options: dict) -> list[dict]:
     """
     strips, rows = [], []
     with contextlib.suppress(utils.UserError):
-        rows = [row for row in tr.read_index(workdir) if row.direction == direction]
+        rows = [row for row in read_index(workdir) if row.direction == direction]
     for row in rows[:PER_DIRECTION]:
-        name, truth = tr.comparison_name(row), ["ground truth"] if row.truth else []
+        name, truth = comparison_name(row), ["ground truth"] if row.truth else []
         heads = {
             workdir / "outputs" / "cycle" / name: ["source", "translation", "back again", *truth],
             workdir / "result" / name: ["translation", "source"],

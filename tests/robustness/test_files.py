@@ -20,7 +20,7 @@ import datasets
 import test as test_script  # or pytest would collect it
 import train
 import utils
-from lib import translation
+from lib.outputs import output_names
 from models import Discriminator, make_generator
 from utils import UserError
 
@@ -407,7 +407,7 @@ def test_odd_names(tmp_path, capsys):
     assert len(outputs) == len({name.lower() for name in outputs}) == len(names)
     for folder in (tmp_path / "result", tmp_path / "outputs" / "cycle"):
         assert len(datasets.list_images(folder)) == len(names)
-    for name, output in zip(sorted(names), translation.output_names(sorted(names)), strict=True):
+    for name, output in zip(sorted(names), output_names(sorted(names)), strict=True):
         path = tmp_path / "outputs" / "B" / output
         assert datasets.load_image(path).shape == (28, 28, 3)
         assert len(os.fsencode(path.name)) <= 255
@@ -423,10 +423,10 @@ def test_odd_names(tmp_path, capsys):
 
 def test_output_names():
     names = ["a.jpg", "a.png", "A.jpg", "a_png.jpg", "b.png", "a.tif", "s/a.png", "S/A.png"]
-    outputs = translation.output_names(names)
+    outputs = output_names(names)
     assert outputs[0] == "a.png" and outputs[4] == "b.png" and outputs[6] == "s/a.png"
     assert len({output.lower() for output in outputs}) == len(names)
-    assert translation.output_names(names) == outputs
+    assert output_names(names) == outputs
     long = [letter * 255 for letter in "ab"] + ["c" * 251 + ".jpg", "c" * 251 + ".png"]
-    outputs = translation.output_names(long)
+    outputs = output_names(long)
     assert len(set(outputs)) == 4 and all(len(os.fsencode(name)) <= 255 for name in outputs)

@@ -19,7 +19,7 @@ from PIL import Image
 import datasets
 import test
 import utils
-from lib import translation
+from lib import outputs, translation
 from models import Generator, init_weights
 from tools import app
 
@@ -206,10 +206,8 @@ def test_checkpoints_directions_and_examples(run, tmp_path):
     examples = app.find_examples(tmp_path, options)
     assert examples["A2B"] == [str(run / "set" / "testB" / f"{i}.png") for i in range(2)]
     (tmp_path / "outputs").mkdir()
-    rows = [
-        translation.Translation("A2B", f"/{name}", "B/x.png", "") for name in ("x.JPG", "y.npy")
-    ]
-    translation.write_index(tmp_path, rows, ["A2B"])
+    rows = [outputs.Translation("A2B", f"/{name}", "B/x.png", "") for name in ("x.JPG", "y.npy")]
+    outputs.write_index(tmp_path, rows, ["A2B"])
     of_split = examples["B2A"]
     assert app.find_examples(tmp_path, options) == {"A2B": ["/x.JPG"], "B2A": of_split}
     assert app.find_examples(tmp_path / "nowhere", {}) == {"A2B": [], "B2A": []}

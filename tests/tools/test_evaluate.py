@@ -15,7 +15,7 @@ from PIL import Image
 from test_metrics import plain_ssim
 
 import datasets
-from lib import metrics, translation
+from lib import metrics, outputs
 from models import Generator, translate
 from tools import evaluate
 from utils import UserError
@@ -49,8 +49,8 @@ def make_run(folder: Path, n: int = 6, **options) -> Path:
             made = np.clip(load(folder / f"data/test{target}/{i}.png") + noise, 0, 255)
             save(folder / f"outputs/{target}/{i}.png", made.astype(np.uint8))
             real, truth = (str(folder / f"data/test{side}/{i}.png") for side in (source, target))
-            rows.append(translation.Translation(direction, real, f"{target}/{i}.png", truth))
-    translation.write_index(folder, rows, ["A2B", "B2A"])
+            rows.append(outputs.Translation(direction, real, f"{target}/{i}.png", truth))
+    outputs.write_index(folder, rows, ["A2B", "B2A"])
     (folder / "models").mkdir()
     options = {"dataroot": str(folder / "data"), "size": SIZE, **options}
     (folder / "models/options.json").write_text(json.dumps(options))
@@ -165,8 +165,8 @@ def test_cycle_error_translates_back_with_the_other_generator(tmp_path):
 def test_unpaired_and_incomplete_outputs(tmp_path):
     """Sources without a truth, outputs that are gone or damaged, data that are gone too."""
     folder = make_run(tmp_path)
-    rows = [row._replace(truth="") for row in translation.read_index(folder)]
-    translation.write_index(folder, rows, ["A2B", "B2A"])
+    rows = [row._replace(truth="") for row in outputs.read_index(folder)]
+    outputs.write_index(folder, rows, ["A2B", "B2A"])
     for i in range(6):
         (folder / f"outputs/A/{i}.png").unlink()
     (folder / "outputs/B/1.png").unlink()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.translation import Translation, write_index
+from lib.outputs import Translation, write_index
 from tools import report
 
 FACTS = "epoch 3 of 9, iteration 150, trained for\n125 minutes"
