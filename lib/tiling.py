@@ -23,7 +23,7 @@ process ends, however it ends. Bytes alive, in units of H W ngf values:
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,17 +54,19 @@ class FeatureMap:
         else:
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (freed with the map)
 
-    def seek(self, n: int, y: int, x: int) -> None:
+    def rows(self, n: int, box: Box, tile: torch.Tensor) -> Iterator[np.ndarray]:
+        """The bytes of each row of a contiguous tile, while the file is where that row lies."""
         _, height, width, channels = self.shape
-        self.file.seek(((n * height + y) * width + x) * channels * self.dtype.itemsize)
+        for y, row in enumerate(tile.view(torch.uint8).numpy(), box[0]):
+            self.file.seek(((n * height + y) * width + box[2]) * channels * self.dtype.itemsize)
+            yield row
 
     def read(self, n: int, box: Box) -> torch.Tensor:
         y0, y1, x0, x1 = box
         if self.file is None:
             return self.values[n, y0:y1, x0:x1].clone()
         tile = torch.empty(y1 - y0, x1 - x0, self.shape[3], dtype=self.dtype)
-        for y, row in enumerate(tile.view(torch.uint8).numpy(), y0):
-            self.seek(n, y, x0)
+        for row in self.rows(n, box, tile):
             if self.file.readinto(row) < row.nbytes:
                 raise OSError("a temporary file is shorter than what was written to it")
         return tile  # (h, w, C)
@@ -74,9 +76,8 @@ class FeatureMap:
         if self.file is None:
             self.values[n, y0:y1, x0:x1] = tile
             return
-        rows = tile.cpu().clone(memory_format=torch.contiguous_format)  # also the strides of C = 1
-        for y, row in enumerate(rows.view(torch.uint8).numpy(), y0):
-            self.seek(n, y, x0)
+        tile = tile.cpu().clone(memory_format=torch.contiguous_format)  # also the strides of C = 1
+        for row in self.rows(n, box, tile):
             self.file.write(row)
 
 
