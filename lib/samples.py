@@ -2,8 +2,10 @@
 
 import contextlib
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torchvision.utils import make_grid
 
 import datasets
 from lib import metrics
@@ -47,14 +49,15 @@ def generate(model, real_A: torch.Tensor, real_B: torch.Tensor) -> dict:
 
 def draw(columns: dict) -> Image.Image:
     """The columns of `generate` side by side, under their titles."""
-    n, size = min(map(len, columns.values())), columns["real A"].shape[-1]
-    side = size * -(-128 // size)  # small pictures are shown larger
-    step = side + 4
-    image = Image.new("RGB", (len(columns) * step + 4, n * step + 20), "white")
-    for i, (title, pictures) in enumerate(columns.items()):
-        x = 4 + i * step
-        ImageDraw.Draw(image).text((x + side / 2, 10), title, "#333333", anchor="mm", font_size=12)
-        for j in range(n):
-            cell = datasets.to_rgb(datasets.to_array(pictures[j]))
-            image.paste(cell.resize((side, side), Image.Resampling.NEAREST), (x, 20 + j * step))
+    rows = zip(*columns.values(), strict=False)
+    cells = [datasets.to_rgb(datasets.to_array(picture)) for row in rows for picture in row]
+    side = cells[0].width * -(-128 // cells[0].width)  # small pictures are shown larger
+    cells = [np.array(cell.resize((side, side), Image.Resampling.NEAREST)) for cell in cells]
+    grid = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # (cells, 3, side, side)
+    grid = make_grid(grid, nrow=len(columns), padding=4, pad_value=255)
+    image = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
+    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, 16))
+    for i, title in enumerate(columns):
+        x = 4 + i * (side + 4) + side / 2
+        ImageDraw.Draw(image).text((x, 10), title, "#333333", anchor="mm", font_size=12)
     return image
