@@ -4,11 +4,8 @@ A picture is an array (H, W, C), uint8, or uint16 where a single-channel domain 
 tensor is (C, H, W).
 """
 
-import contextlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from tqdm.contrib.concurrent import thread_map
 
 from lib import formats, units
-from lib.processes import worker_context
+from lib.processes import ignore_signals, worker_context
 from lib.units import UnreadableImage
 from utils import UserError, writing
 
@@ -249,16 +246,6 @@ class Domain:
         return self.first.nbytes * len(self)
 
 
-def free_memory() -> int:
-    """Bytes available without swapping, also inside a container; 0 where unknown."""
-    free, container = 0, Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-        limit = int((container / "memory.max").read_text())
-        free = min(free, limit - int((container / "memory.current").read_text()))
-    return free
-
-
 class UnpairedImages(Dataset):
     """Pairs of unrelated pictures, one of A and one of B, for one epoch after another.
 
@@ -345,14 +332,3 @@ def make_loader(data: UnpairedImages, sampler: RunSampler, workers: int, pin: bo
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),
     )
-
-
-def ignore_signals(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a worker: the main process may need data until it has saved.
-
-    30 seconds after SIGTERM the worker exits, in case the main process did not end it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    leave = threading.Timer(30, os._exit, (0,))
-    leave.daemon = True
-    signal.signal(signal.SIGTERM, lambda *_: leave.is_alive() or leave.start())

@@ -350,7 +350,7 @@ def load_data(args) -> datasets.UnpairedImages:
         # the values that test.py returns to
         options[limits] = args.options[limits] = domain.limits and list(domain.limits)
         domains.append(domain)
-    share = datasets.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = devices.free_memory() / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = sum(domain.cache_bytes() for domain in domains) < share
     if args.cache == "on" or (args.cache == "auto" and fits):
         for domain in domains:

@@ -1,6 +1,7 @@
 """Where to compute and how precisely: the device, autocast's dtype, memory layout."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
@@ -111,3 +112,13 @@ def memory_layout(device: torch.device) -> torch.memory_format:
 
 def precision_name(dtype: torch.dtype | None) -> str:
     return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def free_memory() -> int:
+    """Bytes available without swapping, also inside a container; 0 where unknown."""
+    free, container = 0, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        limit = int((container / "memory.max").read_text())
+        free = min(free, limit - int((container / "memory.current").read_text()))
+    return free

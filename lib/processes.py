@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,6 +133,17 @@ class WriterThread(contextlib.AbstractContextManager):
             self.wait()
         elif self.job.exception() not in (None, error):
             print(f"error: {self.job.exception()}", file=sys.stderr)
+
+
+def ignore_signals(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a worker: the main process may need data until it has saved.
+
+    30 seconds after SIGTERM the worker exits, in case the main process did not end it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave = threading.Timer(30, os._exit, (0,))
+    leave.daemon = True
+    signal.signal(signal.SIGTERM, lambda *_: leave.is_alive() or leave.start())
 
 
 class StopRequest(contextlib.AbstractContextManager):

@@ -35,6 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
+from lib import devices
 from models import Generator, ResidualBlock, UNet, mirrored
 from utils import UserError
 
@@ -300,7 +301,7 @@ def pick_tile(
 def free_bytes(device: torch.device) -> float:
     """Free memory of a device; infinity where it is unknown."""
     if device.type != "cuda":
-        return datasets.free_memory() or float("inf")
+        return devices.free_memory() or float("inf")
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 

@@ -23,7 +23,7 @@ from torch import nn
 
 import datasets
 import test as test_script  # or pytest would collect it
-from lib import tiling
+from lib import devices, tiling
 from lib.translation import translate_batch
 from models import Generator, UNet, init_weights, translate
 from utils import UserError
@@ -166,7 +166,7 @@ def test_no_room(monkeypatch, tmp_path):
     tiling.translate_pictures(
         net, [picture], np.uint8, 32, None, None, tmp_path
     )  # fits into memory
-    monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
+    monkeypatch.setattr(devices, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match="scratch space"):
         tiling.translate_pictures(net, [picture], np.uint8, 32, None, None, tmp_path)
     monkeypatch.undo()
@@ -178,7 +178,7 @@ def test_no_room(monkeypatch, tmp_path):
 
 def test_pick_tile(monkeypatch):
     net = make()
-    monkeypatch.setattr(datasets, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(devices, "free_memory", lambda: 10**9)
     most = int(0.8e9 / (940 * 4 / 64))  # pixels that fit
     large = [np.broadcast_to(np.uint8(0), (1000, most // 1000 + extra, 3)) for extra in (0, 1)]
     pick = lambda picture, *args: tiling.pick_tile(net, [picture], *args)
@@ -237,12 +237,12 @@ def test_short_memory(monkeypatch):
     net, picture = make(dropout=True, norm="batch"), draw(64, 96)
     run = lambda: translate_batch(net, [picture, picture], torch.device("cpu"), None)
     expected, used = run(), []
-    monkeypatch.setattr(datasets, "free_memory", lambda: 10**5)
+    monkeypatch.setattr(devices, "free_memory", lambda: 10**5)
     monkeypatch.setattr(tiling, "translate_tiles", lambda *args: used.append(args[3:]))
     run()
     assert used == [(512, None, Path(tempfile.gettempdir()))] * 2
     monkeypatch.undo()
-    monkeypatch.setattr(datasets, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(devices, "free_memory", lambda: 10**6)
     net.train()  # as validation finds it
     for a, b in zip(run(), expected, strict=True):
         assert np.abs(np.subtract(a, b, dtype=int)).max() <= 1
