@@ -11,8 +11,9 @@ from utils import UserError
 
 # photographs on two CPU cores in ten minutes; explicit options override every preset
 KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
-QUICK = {"size": 128, "load_size": 143, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
+QUICK = {"size": 128, "load_size": 172, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
 QUICK |= {"upsample": "nearest", "keep_source": True, "n_epochs": 0, **KEEP_SOURCE}
+QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # patches of 34x34: at 256, the paper's of 70x70
 QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
 # small enough for one CPU core and six minutes
@@ -24,7 +25,7 @@ DEMO["id_every"] = 4
 # what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
 CLASSIC = {"batch_size": 1, "lr": 2e-4, "beta2": 0.999, "half_size": 0.0, "ema": 0.0}
 CLASSIC |= {"lambda_cyc": 10.0, "lambda_id": 5.0, "id_every": 1}
-CLASSIC |= {"keep_source": False, "upsample": "deconv"}
+CLASSIC |= {"keep_source": False, "upsample": "deconv", "netD": "basic"}
 
 # what a resume cannot change: the saved weights would not fit, or would mean something else
 FIXED = "netG n_residual_blocks ngf upsample norm dropout netD n_layers_D ndf input_nc output_nc "
