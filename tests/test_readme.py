@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import test
 import train
 from lib import options
-from tools.demo import draw_demo
+from tools.demo import draw_demo, draw_scene, pore_slopes
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -148,8 +151,8 @@ def test_ten_options_have_their_real_defaults():
 def test_named_tests_exist(name):
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", read(name))
     assert len(named) == len(re.findall(r"\btest_\w+`", read(name))) > 5  # each with its file
-    for path, test in named:
-        assert f"\ndef {test}(" in read(path), f"{path}::{test}"
+    for path, function in named:
+        assert f"\ndef {function}(" in read(path), f"{path}::{function}"
 
 
 def test_every_promise_has_a_test():
@@ -175,6 +178,24 @@ def test_demo_and_test_commands_run(tmp_path):
         assert re.search(r"A2B: error .*\d\.\d", done.stdout), done.stdout
     assert (tmp_path / "result" / "report.html").exists()
     assert len(list((tmp_path / "outputs" / "B").iterdir())) == 2
+
+
+def test_committed_generators(tmp_path, monkeypatch):
+    """The README's command, on a drawn apple: it takes an orange's color, and the rest stays."""
+    apple, orange = (draw_scene([0, 9, 1], fruit, pore_slopes()) for fruit in ("apple", "orange"))
+    Image.fromarray(apple).save(tmp_path / "photo.png")
+    (command,) = (c for c in commands(ROOT / "README.md") if "photo.jpg" in c and "docs/" in c)
+    words = shlex.split(command.replace("photo.jpg", str(tmp_path / "photo.png")))
+    monkeypatch.chdir(ROOT)
+    assert test.main(test.parse_args([*words[2:], "--workdir", str(tmp_path)])) == 0
+    fake, apple, orange = (
+        np.array(x, float) for x in (Image.open(tmp_path / "outputs/B/photo.png"), apple, orange)
+    )
+    differ = np.abs(apple - orange).max(2) > 12
+    errors, identity = np.abs(fake - orange), np.abs(apple - orange)
+    assert errors[differ].mean() < 0.75 * identity[differ].mean() and errors[~differ].mean() < 4
+    sizes = [path.stat().st_size for path in (ROOT / "docs" / "apple2orange").glob("*.pth")]
+    assert len(sizes) == 2 and max(sizes) < 3e6
 
 
 def test_refused_without_data(tmp_path):
