@@ -13,7 +13,7 @@ from utils import UserError
 KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
 QUICK = {"size": 128, "load_size": 172, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
 QUICK |= {"upsample": "nearest", "keep_source": True, "n_epochs": 0, **KEEP_SOURCE}
-QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # patches of 34x34: at 256, the paper's of 70x70
+QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # 34x34 of 128x128: the paper's 70x70 of 256x256
 QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
 # small enough for one CPU core and six minutes
@@ -22,7 +22,7 @@ DEMO |= {"upsample": "nearest", "keep_source": True, "lambda_cyc": 10.0, "lambda
 DEMO |= {"n_epochs": 20, "half_size": 0.72, "batch_size": 4, "lr": 4e-4, "beta2": 0.99}
 DEMO["id_every"] = 4
 
-# what the paper does (section 4 and appendix 7.1) and the defaults or the demo do not
+# what the paper does (section 4 and appendix 7.1) and the defaults or presets do not
 CLASSIC = {"batch_size": 1, "lr": 2e-4, "beta2": 0.999, "half_size": 0.0, "ema": 0.0}
 CLASSIC |= {"lambda_cyc": 10.0, "lambda_id": 5.0, "id_every": 1}
 CLASSIC |= {"keep_source": False, "upsample": "deconv", "netD": "basic"}

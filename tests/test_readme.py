@@ -182,7 +182,9 @@ def test_demo_and_test_commands_run(tmp_path):
 
 def test_committed_generators(tmp_path, monkeypatch):
     """The README's command, on a drawn apple: it takes an orange's color, and the rest stays."""
-    apple, orange = (draw_scene([0, 9, 1], fruit, pore_slopes()) for fruit in ("apple", "orange"))
+    apple, orange = (
+        draw_scene([0, 9, 1], fruit, pore_slopes(), size=256) for fruit in ("apple", "orange")
+    )
     Image.fromarray(apple).save(tmp_path / "photo.png")
     (command,) = (c for c in commands(ROOT / "README.md") if "photo.jpg" in c and "docs/" in c)
     words = shlex.split(command.replace("photo.jpg", str(tmp_path / "photo.png")))

@@ -356,6 +356,7 @@ def test_presets_give_way_to_what_is_typed():
     assert (keep.lambda_cyc, keep.lambda_id, keep.size) == (3, 0, 256)
     classic = train.parse_args(["--quick", "--classic"])
     assert (classic.keep_source, classic.lambda_cyc, classic.half_size) == (False, 10, 0)
+    assert (quick.n_layers_D, classic.netD) == (2, "basic")
     saved = train.parse_args(["--quick", "--n_epochs", "7"]).options
     resumed = train.parse_args(["--resume", "--ngf", "8"], saved)
     assert (resumed.n_epochs, resumed.ngf, resumed.lambda_cyc) == (7, 8, 3)

@@ -133,7 +133,7 @@ def kill_ranks(whole: tuple, workdir: Path, kills: int, seed: int) -> None:
 
 
 def test_killed_ranks(whole, tmp_path):
-    kill_ranks(whole, tmp_path, kills=2, seed=0)
+    kill_ranks(whole, tmp_path, kills=3, seed=0)
 
 
 def test_killed_agent(whole, tmp_path):

@@ -386,7 +386,7 @@ def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
 
 
 def test_kill_short(tmp_path):
-    counts = kill_loop(tmp_path, kills=3, n_epochs=3)
+    counts = kill_loop(tmp_path, kills=5, n_epochs=3)
     assert counts["within the run"] >= 1
 
 
