@@ -6,15 +6,22 @@ that the parameter names are those of published checkpoints ("model.1.weight", .
 
 import torch
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 # ------------------------------------------------------------------------------------------------
 # Small parts
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
-    """instance (the paper's: no affine, no running statistics), batch, or none."""
+    """instance (the paper's: no affine, no running statistics), batch, channel, or none.
+
+    channel normalizes over the channels of each pixel, so that a picture's own colors are not lost
+    and no pixel depends on far ones (ChannelNorm, Mentzer et al. 2020, section 3.2).
+    """
     if norm == "instance":
         return nn.InstanceNorm2d(channels)
+    if norm == "channel":
+        return LayerNorm2d(channels, eps=1e-3)
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 

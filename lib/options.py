@@ -12,8 +12,9 @@ from utils import UserError
 # photographs on one CPU core in a quarter of an hour; explicit options override every preset
 KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
 QUICK = {"size": 128, "load_size": 172, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
-QUICK |= {"upsample": "nearest", "keep_source": True, "n_epochs": 0, **KEEP_SOURCE}
+QUICK |= {"upsample": "nearest", "norm": "channel", "keep_source": True, **KEEP_SOURCE}
 QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # 34x34 of 128x128: the paper's 70x70 of 256x256
+QUICK["n_epochs"] = 0
 QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
 # small enough for one CPU core and six minutes
@@ -25,7 +26,7 @@ DEMO["id_every"] = 4
 # what the paper does (section 4 and appendix 7.1) and the defaults or presets do not
 CLASSIC = {"batch_size": 1, "lr": 2e-4, "beta2": 0.999, "half_size": 0.0, "ema": 0.0}
 CLASSIC |= {"lambda_cyc": 10.0, "lambda_id": 5.0, "id_every": 1}
-CLASSIC |= {"keep_source": False, "upsample": "deconv", "netD": "basic"}
+CLASSIC |= {"keep_source": False, "upsample": "deconv", "norm": "instance", "netD": "basic"}
 
 # what a resume cannot change: the saved weights would not fit, or would mean something else
 FIXED = "netG n_residual_blocks ngf upsample norm dropout netD n_layers_D ndf input_nc output_nc "
@@ -129,7 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--netD", "basic", "basic: 70x70 PatchGAN", "basic n_layers pixel strided")
     add(g, "--n_layers_D", 3, "stride-2 layers of --netD n_layers")
     add(g, "--ndf", 64, "width of the discriminators")
-    add(g, "--norm", "instance", "normalization", "instance batch none")
+    text = "normalization; channel: keeps colors (generators alone)"
+    add(g, "--norm", "instance", text, "instance batch channel none")
     inits = "normal xavier kaiming orthogonal"
     add(g, "--init_type", "normal", "distribution of the first weights", inits)
     add(g, "--init_gain", 0.02, "their scale")

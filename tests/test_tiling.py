@@ -33,6 +33,7 @@ KINDS = [
     {"upsample": "nearest", "norm": "instance", "keep_source": True},
     {"upsample": "deconv", "norm": "batch", "input_nc": 1, "output_nc": 4},
     {"upsample": "nearest", "norm": "none", "input_nc": 5, "output_nc": 1},
+    {"upsample": "nearest", "norm": "channel", "keep_source": True},
 ]
 SIZES = [(301, 517), (900, 40), (5, 7)]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 import datasets
 import models
@@ -151,6 +152,7 @@ VALUES = [
     "--netD strided",
     "--norm batch --init_type kaiming",
     "--norm none --init_type kaiming",
+    "--norm channel --keep_source --upsample nearest",
     "--norm batch --init_type kaiming --netD pixel --upsample nearest",
     "--norm none --init_type kaiming --netD strided --dropout",
     "--init_type normal --init_gain 0.1",
@@ -218,6 +220,28 @@ def test_norm_reaches_every_network(options, kind):
         norms = nn.InstanceNorm2d | nn.BatchNorm2d | nn.Identity
         found = [type(layer) for layer in net.modules() if isinstance(layer, norms)]
         assert len(found) >= 3 and set(found) == {kind}
+
+
+def test_channel_norm_is_for_generators():
+    for name, net in make_model("--norm channel").networks().items():
+        kind = LayerNorm2d if name.startswith("netG") else nn.InstanceNorm2d
+        norms = (LayerNorm2d, nn.InstanceNorm2d)
+        found = [type(layer) for layer in net.modules() if isinstance(layer, norms)]
+        assert len(found) >= 3 and set(found) == {kind}
+
+
+def test_channel_norm_sees_no_far_pixels():
+    """What is outside of the convolutions' reach changes nothing; with instance norm it does."""
+    x = torch.rand(1, 3, 64, 96) / 2
+    y = x.clone()
+    y[..., 80:] = 0.7
+    for norm, far in (("channel", False), ("instance", True)):
+        torch.manual_seed(0)
+        net = models.Generator(ngf=4, n_residual_blocks=1, norm=norm)
+        models.init_weights(net, "kaiming")
+        with torch.no_grad():
+            difference = (net(x) - net(y)).abs().amax((0, 1, 2))  # (W,)
+        assert difference[80:].min() > 1e-2 and (difference[:40].max() > 1e-3) == far
 
 
 def test_generator_options_reach_the_generators():
@@ -570,7 +594,7 @@ def test_batch_norm_does_not_mix_passes():
 
     Batch statistics are those of one kind of picture; instance norm may take two kinds at once.
     """
-    for norm in ("batch", "instance", "none"):
+    for norm in ("batch", "instance", "channel", "none"):
         model, passes = make_model(f"--norm {norm} --init_gain 0.3"), []
         A, B = random_pictures()
         B = B * 0.1 + 0.5
@@ -594,7 +618,7 @@ def test_batch_norm_does_not_mix_passes():
         assert ((one - other).abs().amax((2, 3)) > 1e-4).all()
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "channel", "none"])
 def test_bias_only_where_published(norm):
     """Before a norm of its own bias, none; the reference repo keeps it with instance norm alone."""
     kept = norm == "instance"

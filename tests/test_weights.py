@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 import datasets
 import models
@@ -51,6 +52,7 @@ class Skip(Net):
 
 
 NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d, "none": lambda c: nn.Identity()}
+NORMS["channel"] = lambda c: LayerNorm2d(c, eps=1e-3)
 
 
 def resnet(
@@ -117,9 +119,10 @@ def filled(net, seed=0):
             nn.init.kaiming_normal_(layer.weight, 0.3)
             if layer.bias is not None:
                 nn.init.normal_(layer.bias, 0, 0.1)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, nn.BatchNorm2d | LayerNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, 0, 0.2)
+        if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, 0, 0.2)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
     return net.eval()
@@ -181,6 +184,12 @@ def test_reference_resnet(tmp_path, blocks, norm, dropout):
     assert state[second].shape == (64, 64, 3, 3)  # the published names, or the test is no test
     assert ("model.1.bias" in state) == (norm == "instance")
     check(tmp_path, net, state)
+
+
+@pytest.mark.parametrize("make", [resnet, lambda norm: unet(7, norm)])
+def test_channel_norm(tmp_path, make):
+    net = filled(make(norm="channel"))
+    check(tmp_path, net, net.state_dict(), size=(128, 128))
 
 
 def test_full_width(tmp_path):

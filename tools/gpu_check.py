@@ -106,6 +106,7 @@ def check_steps(report: Report, device: torch.device) -> None:
         "bf16": ("", torch.bfloat16, 0.01, 0.5),
         "fp16": ("", torch.float16, 0.01, 0.5),
         "batch norm": ("--norm batch", None, 1e-3, 1e-2),
+        "channel norm": ("--norm channel --keep_source", None, 1e-3, 1e-3),
         "accumulate 2": ("--accumulate 2", None, 1e-3, 1e-3),
         "own sizes": ("--preprocess none", None, 1e-3, 1e-3),
     }

@@ -28,7 +28,7 @@ def test_steps_and_speed(report):
     lines = (report.folder / "gpu_check.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert rows == report.rows
-    assert [row["ok"] for row in rows if row["check"] == "step"] == [True] * 6, rows
+    assert [row["ok"] for row in rows if row["check"] == "step"] == [True] * 7, rows
     names = [row["case"] for row in rows if row["check"] == "speed"]
     assert names == ["batch 1 plain", "batch 1 float32 NCHW", "batch 1 float32 NHWC"]
     assert "| step | bf16 | ok | loss" in (report.folder / "gpu_check.md").read_text()
