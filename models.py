@@ -16,7 +16,7 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
     """instance (the paper's: no affine, no running statistics), batch, channel, or none.
 
     channel normalizes over the channels of each pixel, so that a picture's own colors are not lost
-    and no pixel depends on far ones (ChannelNorm, Mentzer et al. 2020, section 3.2).
+    and no pixel depends on far ones (ChannelNorm of HiFiC, Mentzer et al. 2020).
     """
     if norm == "instance":
         return nn.InstanceNorm2d(channels)

@@ -232,6 +232,7 @@ def test_channel_norm_is_for_generators():
 
 def test_channel_norm_sees_no_far_pixels():
     """What is outside of the convolutions' reach changes nothing; with instance norm it does."""
+    torch.manual_seed(0)
     x = torch.rand(1, 3, 64, 96) / 2
     y = x.clone()
     y[..., 80:] = 0.7
