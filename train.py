@@ -121,7 +121,10 @@ class CycleGAN:
         Paper eq. 1 to 3: least squares against the discriminators (section 4), both cycles (3.2),
         and identity (5.2): a picture that is already of the wanted kind should stay as it is.
         `--id_every` K computes identity in each K-th iteration only, with K times the weight; the
-        log has its last value with the plain weight.
+        log has its last value with the plain weight. `--detach_cycle`: the cycle loss has no
+        gradient in the first of its two generators, which would learn to hide in the translation
+        what the way back needs (Chu et al. 2017); it trains the second one on pairs of a
+        translation and its real source (back-translation, Lample et al. 2018).
         """
         args, idt_A, idt_B = self.args, None, None
         with self.autocast():
@@ -131,8 +134,8 @@ class CycleGAN:
             else:
                 fake_B = self.netG_A2B(real_A)
                 fake_A = self.netG_B2A(real_B)
-            rec_A = self.netG_B2A(fake_B)
-            rec_B = self.netG_A2B(fake_A)
+            rec_A = self.netG_B2A(fake_B.detach() if args.detach_cycle else fake_B)
+            rec_B = self.netG_A2B(fake_A.detach() if args.detach_cycle else fake_A)
             score_A, score_B = self.netD_A(fake_A), self.netD_B(fake_B)
         adv_A = gan_loss(score_A, True, args.gan_mode, generator=True)
         adv_B = gan_loss(score_B, True, args.gan_mode, generator=True)

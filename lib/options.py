@@ -19,13 +19,14 @@ QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
 # small enough for one CPU core and six minutes
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
-DEMO |= {"upsample": "nearest", "keep_source": True, "lambda_cyc": 10.0, "lambda_id": 1.0}
+DEMO |= {"upsample": "nearest", "keep_source": True, "netD": "n_layers", "n_layers_D": 2}
+DEMO |= {"lambda_cyc": 30.0, "detach_cycle": True, "lambda_id": 1.0}
 DEMO |= {"n_epochs": 20, "half_size": 0.72, "batch_size": 4, "lr": 4e-4, "beta2": 0.99}
 DEMO["id_every"] = 4
 
 # what the paper does (section 4 and appendix 7.1) and the defaults or presets do not
 CLASSIC = {"batch_size": 1, "lr": 2e-4, "beta2": 0.999, "half_size": 0.0, "ema": 0.0}
-CLASSIC |= {"lambda_cyc": 10.0, "lambda_id": 5.0, "id_every": 1}
+CLASSIC |= {"lambda_cyc": 10.0, "detach_cycle": False, "lambda_id": 5.0, "id_every": 1}
 CLASSIC |= {"keep_source": False, "upsample": "deconv", "norm": "instance", "netD": "basic"}
 
 # what a resume cannot change: the saved weights would not fit, or would mean something else
@@ -95,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--lambda_cyc", 10.0, "weight of the cycle loss")
     add(g, "--lambda_A", None, "the same for A -> B -> A alone (lambda_cyc)", type=float)
     add(g, "--lambda_B", None, "the same for B -> A -> B alone (lambda_cyc)", type=float)
+    add(g, "--detach_cycle", False, "the cycle loss trains the second of its two generators alone")
     add(g, "--lambda_id", 5.0, "weight of the identity loss; 0: not computed")
     add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
     add(g, "--pool_size", 50, "fakes kept for each discriminator; 0: none")
@@ -146,13 +148,14 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    presets = (
-        (args.keep_source, KEEP_SOURCE),
-        (args.quick, QUICK),
-        (args.demo, {**DEMO, "dataroot": args.workdir / "dataset" / "demo"}),
-        (saved, saved),
-        (args.classic, CLASSIC),
-    )
+    presets = [(True, saved)]  # of an older version it may lack an option that a preset has
+    if not saved:
+        presets = [
+            (args.keep_source, KEEP_SOURCE),
+            (args.quick, QUICK),
+            (args.demo, {**DEMO, "dataroot": args.workdir / "dataset" / "demo"}),
+        ]
+    presets += [(args.classic, CLASSIC)]
     for chosen, preset in presets:  # a later one overrides an earlier one
         if chosen:
             parser.set_defaults(**preset)

@@ -68,6 +68,26 @@ def test_generator_losses():
     assert parts["change"].item() == pytest.approx(change.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("options", ["", "--detach_cycle"])
+def test_gradients_of_the_cycle_loss(options):
+    """Through both generators of a cycle, or the second alone; its value is the same."""
+    weights = "--lambda_A 3 --lambda_B 7 --lambda_id 0"
+    model = double(CycleGAN(tiny(*weights.split(), *options.split()), CPU))
+    A, B = pictures(dtype=torch.float64)
+    G_A2B, G_B2A = model.netG_A2B, model.netG_B2A
+    adv = plain_generator_losses(model, A, B)["adv"]
+    first_B, first_A = G_A2B(A), G_B2A(B)
+    if options:
+        first_B, first_A = first_B.detach(), first_A.detach()
+    cycle_A, cycle_B = (G_B2A(first_B) - A).abs().mean(), (G_A2B(first_A) - B).abs().mean()
+    wanted = torch.autograd.grad(adv + (3 * cycle_A + 7 * cycle_B) / 2, model.params_G)
+    loss, parts, fake_A, fake_B = model.generator_losses(A, B)
+    for p, q in zip(wanted, torch.autograd.grad(loss, model.params_G), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-12)
+    assert parts["cycle"].item() == pytest.approx((cycle_A + cycle_B).item() / 2, rel=1e-9)
+    assert fake_A.requires_grad and fake_B.requires_grad
+
+
 def test_discriminator_losses():
     model = CycleGAN(tiny(), CPU)
     A, B = pictures()
@@ -357,6 +377,11 @@ def test_presets_give_way_to_what_is_typed():
     classic = train.parse_args(["--quick", "--classic"])
     assert (classic.keep_source, classic.lambda_cyc, classic.half_size) == (False, 10, 0)
     assert (quick.n_layers_D, classic.netD) == (2, "basic")
+    assert train.parse_args(["--demo"]).detach_cycle
+    older = train.parse_args(["--demo"]).options
+    del older["detach_cycle"]  # the run of a version that did not have it
+    assert not train.parse_args(["--demo", "--resume"], older).detach_cycle
+    assert not train.parse_args(["--demo", "--classic"]).detach_cycle
     saved = train.parse_args(["--quick", "--n_epochs", "7"]).options
     resumed = train.parse_args(["--resume", "--ngf", "8"], saved)
     assert (resumed.n_epochs, resumed.ngf, resumed.lambda_cyc) == (7, 8, 3)

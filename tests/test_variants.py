@@ -174,6 +174,7 @@ VALUES = [
     "--pool_size 0",
     "--pool_size 1",
     "--lambda_A 3 --lambda_B 7",
+    "--detach_cycle",
     "--lambda_id 0",
     "--dropout",
     "--ema 0",
