@@ -118,7 +118,8 @@ def test_train_then_test(fruit, tmp_path):
 def test_a_short_demo_run_gets_nearer_to_the_truth(tmp_path):
     draw_demo(tmp_path / "data", n_train=60, n_test=8)
     words = "--size 32 --load_size 36 --ngf 8 --ndf 8 --n_residual_blocks 1 --amp off --lr 2e-3"
-    words += " --n_epochs 8 --ema 0.98 --no_tensorboard --sample_every 10000"
+    words += " --n_epochs 3 --ema 0.98 --no_tensorboard --sample_every 10000 --keep_source"
+    words += " --lambda_cyc 30 --detach_cycle --lambda_id 1 --netD n_layers --n_layers_D 2"
     args = train.parse_args(
         [*words.split(), "--dataroot", str(tmp_path / "data"), "--workdir", str(tmp_path)]
     )
@@ -135,7 +136,7 @@ def test_a_short_demo_run_gets_nearer_to_the_truth(tmp_path):
     measures, score = validation.measure(nets, pairs, options, torch.device("cpu"), None)
     for way in ("A2B", "B2A"):
         changed, identity = measures[f"changed_{way}"], measures[f"identity_changed_{way}"]
-        assert changed < 0.9 * identity, measures
+        assert changed < 0.6 * identity, measures  # 0.38 to 0.42 with seeds 0 to 2
     assert score == (measures["mae_A2B"] + measures["mae_B2A"]) / 2
 
 
