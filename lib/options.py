@@ -17,7 +17,7 @@ QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # 34x34 of 128x128: the paper's 
 QUICK |= {"n_epochs": 0}
 QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
-# small enough for one CPU core and six minutes
+# small enough for one CPU core and six to eight minutes
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
 DEMO |= {"upsample": "nearest", "keep_source": True, "netD": "n_layers", "n_layers_D": 2}
 DEMO |= {"lambda_cyc": 30.0, "detach_cycle": True, "lambda_id": 1.0}
@@ -148,8 +148,9 @@ def parse_args(argv: list[str] | None = None, saved: dict | None = None) -> argp
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    presets = [(True, saved)]  # of an older version it may lack an option that a preset has
-    if not saved:
+    if saved:  # by an older version, it may lack an option that a preset has
+        presets = [(True, saved)]
+    else:
         presets = [
             (args.keep_source, KEEP_SOURCE),
             (args.quick, QUICK),
