@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
 from tqdm.contrib.concurrent import thread_map
 
 from lib import formats, units
@@ -110,9 +109,10 @@ def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     uint8, uint16, or floats in [-1, 1].
     """
     pixels = picture.astype(np.float32) if picture.dtype == np.uint16 else picture
-    pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-    resized = F.resize(pixels, size[::-1], InterpolationMode.BICUBIC).permute(1, 2, 0).numpy()
-    if picture.dtype == np.uint16:  # torchvision clamps uint8 only
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)
+    resized = resized[0].permute(1, 2, 0).numpy()
+    if picture.dtype == np.uint16:  # PyTorch clamps uint8 only
         return resized.clip(0, 65535).round().astype(np.uint16)
     return resized if picture.dtype == np.uint8 else resized.clip(-1, 1)
 
@@ -279,9 +279,9 @@ class UnpairedImages(Dataset):
         y, x, flip = rng.random(3)
         if self.crop:
             top, left = int(y * (height - self.size + 1)), int(x * (width - self.size + 1))
-            picture = F.crop(picture, top, left, self.size, self.size)
+            picture = picture[:, top : top + self.size, left : left + self.size]
         if self.flip and flip < 0.5:
-            picture = F.horizontal_flip(picture)
+            picture = picture.flip(-1)
         # RGB stays uint8 until it is on the device: a quarter of the bytes to copy
         return picture if len(picture) == 3 else to_float(picture)
 

@@ -5,23 +5,31 @@ that the parameter names are those of published checkpoints ("model.1.weight", .
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torchvision.models.convnext import LayerNorm2d
 
 # ------------------------------------------------------------------------------------------------
 # Small parts
 
 
-def norm_layer(norm: str, channels: int) -> nn.Module:
-    """instance (the paper's: no affine, no running statistics), batch, channel, or none.
+class ChannelNorm(nn.LayerNorm):
+    """Normalizes over the channels of each pixel (HiFiC, Mentzer et al. 2020).
 
-    channel normalizes over the channels of each pixel, so that a picture's own colors are not lost
-    and no pixel depends on far ones (ChannelNorm of HiFiC, Mentzer et al. 2020).
+    So a picture's own colors are not lost, and no pixel depends on far ones.
     """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)  # (N, C, H, W)
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module:
+    """instance (the paper's: no affine, no running statistics), batch, channel, or none."""
     if norm == "instance":
         return nn.InstanceNorm2d(channels)
     if norm == "channel":
-        return LayerNorm2d(channels, eps=1e-3)
+        return ChannelNorm(channels, eps=1e-3)
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 

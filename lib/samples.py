@@ -2,10 +2,8 @@
 
 import contextlib
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torchvision.utils import make_grid
 
 import datasets
 from lib import metrics
@@ -49,15 +47,14 @@ def generate(model, real_A: torch.Tensor, real_B: torch.Tensor) -> dict:
 
 def draw(columns: dict) -> Image.Image:
     """The columns of `generate` side by side, under their titles."""
-    rows = zip(*columns.values(), strict=False)
-    cells = [datasets.to_rgb(datasets.to_array(picture)) for row in rows for picture in row]
-    side = cells[0].width * -(-128 // cells[0].width)  # small pictures are shown larger
-    cells = [np.array(cell.resize((side, side), Image.Resampling.NEAREST)) for cell in cells]
-    grid = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # (cells, 3, side, side)
-    grid = make_grid(grid, nrow=len(columns), padding=4, pad_value=255)
-    image = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
-    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, 16))
-    for i, title in enumerate(columns):
-        x = 4 + i * (side + 4) + side / 2
-        ImageDraw.Draw(image).text((x, 10), title, "#333333", anchor="mm", font_size=12)
+    width, rows = next(iter(columns.values())).shape[-1], min(map(len, columns.values()))
+    side = width * -(-128 // width)  # small pictures are shown larger
+    image = Image.new("RGB", (4 + len(columns) * (side + 4), 20 + rows * (side + 4)), "white")
+    for i, (title, pictures) in enumerate(columns.items()):
+        x = 4 + i * (side + 4)
+        middle = (x + side / 2, 10)
+        ImageDraw.Draw(image).text(middle, title, "#333333", anchor="mm", font_size=12)
+        for y, picture in zip(range(20, image.height, side + 4), pictures, strict=False):
+            cell = datasets.to_rgb(datasets.to_array(picture))
+            image.paste(cell.resize((side, side), Image.Resampling.NEAREST), (x, y))
     return image

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.models.convnext import LayerNorm2d
 
 import datasets
 import models
@@ -52,7 +51,7 @@ class Skip(Net):
 
 
 NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d, "none": lambda c: nn.Identity()}
-NORMS["channel"] = lambda c: LayerNorm2d(c, eps=1e-3)
+NORMS["channel"] = lambda c: models.ChannelNorm(c, eps=1e-3)
 
 
 def resnet(
@@ -119,7 +118,7 @@ def filled(net, seed=0):
             nn.init.kaiming_normal_(layer.weight, 0.3)
             if layer.bias is not None:
                 nn.init.normal_(layer.bias, 0, 0.1)
-        elif isinstance(layer, nn.BatchNorm2d | LayerNorm2d):
+        elif isinstance(layer, nn.BatchNorm2d | models.ChannelNorm):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, 0, 0.2)
         if isinstance(layer, nn.BatchNorm2d):
