@@ -110,7 +110,8 @@ def test_train_then_test(fruit, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
     assert [tuple(row) for row in outputs.read_index(tmp_path)] == rows
 
-    type_command("test.py", "--input", fruit / "testA" / "A0.jpg", "--workdir", tmp_path)
+    words = ["--input", str(fruit / "testA" / "A0.jpg"), "--workdir", str(tmp_path)]
+    assert test.main(test.parse_args(words)) == 0
     assert Image.open(tmp_path / "outputs" / "B" / "A0.png").size == (44, 40)  # its own size
     assert [tuple(row) for row in outputs.read_index(tmp_path)] == [*rows[2:], rows[0]]
 
@@ -201,13 +202,16 @@ def test_test_refuses(words, message, tmp_path, monkeypatch):
         test.main(test.parse_args(["--workdir", str(tmp_path / "work"), *words]))
 
 
-def test_mistakes_are_one_line_and_code_2(tmp_path):
+def test_mistakes_are_one_line_and_code_2(tmp_path, capsys):
     said = type_command("train.py", "--dataroot", "nowhere", "--workdir", tmp_path, code=2)
     assert said.startswith("error: there is no folder nowhere/trainA") and said.count("\n") == 1
-    said = type_command("train.py", "--n_epochs", "many", "--workdir", tmp_path, code=2)
-    assert "invalid int value: 'many'" in said
-    said = type_command("train.py", "--resume", "--restart", "--workdir", tmp_path, code=2)
-    assert "--restart: not allowed with argument --resume" in said
+    for words, message in (
+        (["--n_epochs", "many"], "invalid int value: 'many'"),
+        (["--resume", "--restart"], "--restart: not allowed with argument --resume"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.parse_args(words)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_help_fits_two_screens():

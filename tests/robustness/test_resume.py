@@ -339,7 +339,7 @@ def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
     processes are forked from one that has PyTorch loaded already, which saves seconds for each.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
     dataroot = draw_set(folder / "data", 50, 10)
     options = f"--dropout --pool_size 4 --n_epochs {n_epochs}"
     whole, workdir = folder / "whole", folder / "killed"
