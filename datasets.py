@@ -280,10 +280,10 @@ class UnpairedImages(Dataset):
         if self.crop:
             top, left = int(y * (height - self.size + 1)), int(x * (width - self.size + 1))
             picture = picture[:, top : top + self.size, left : left + self.size]
-        if self.flip and flip < 0.5:
-            picture = picture.flip(-1)
         # RGB stays uint8 until it is on the device: a quarter of the bytes to copy
-        return picture if len(picture) == 3 else to_float(picture)
+        if len(picture) != 3 or picture.dtype != torch.uint8:
+            picture = to_float(picture)  # torch.flip takes no uint16 in PyTorch 2.11
+        return picture.flip(-1) if self.flip and flip < 0.5 else picture
 
 
 @dataclass
