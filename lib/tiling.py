@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import datasets
 from lib import devices
-from models import Generator, ResidualBlock, UNet, mirrored
+from models import Generator, ResidualBlock, UNet, UpsampleConv, mirrored
 from utils import UserError
 
 ROWS = 32  # norm and sums go through a tile in strips of so many rows, which fit into the cache
@@ -218,16 +218,16 @@ def translate_tiles(
         return FeatureMap((count, h, w, channels), dtype or torch.float32, folder)
 
     def walk(layers: nn.Sequential, x: Features) -> Features:
-        core = []  # a convolution, and the padding or up-sampling before it
+        core = []  # a convolution, and the padding before it
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             h, w, channels = x.stored.shape[1:]
             if isinstance(layer, ResidualBlock):
                 x = sweep([x, walk(layer.conv_block, x)], torch.add, new_map(h, w, channels))
-            elif isinstance(layer, nn.ReflectionPad2d | nn.Upsample):
+            elif isinstance(layer, nn.ReflectionPad2d):
                 core.append(layer)
             elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 core.append(layer)
-                up = 1 + any(isinstance(m, nn.Upsample | nn.ConvTranspose2d) for m in core)
+                up = 1 + isinstance(layer, UpsampleConv | nn.ConvTranspose2d)
                 down = layer.stride[0] if up == 1 else 1
                 # even, as for stride 2; the layers' own padding spoils less of it than is cropped
                 border = layer.kernel_size[0] // 2 + 1

@@ -11,6 +11,7 @@ from models import (
     Discriminator,
     Generator,
     UNet,
+    UpsampleConv,
     init_weights,
     make_generator,
     translate,
@@ -191,3 +192,18 @@ def test_keep_source_starts_from_published_pictures():
     net, x = generator_from_state(start).eval(), torch.rand(1, 3, 16, 16) * 2 - 1
     assert net.keep_source is not None
     assert (net(x) - published(x)).abs().max() < 0.01
+
+
+def test_upsampling_and_convolution_in_one():
+    """The same as nn.Upsample and a 3x3 convolution, and so are the gradients."""
+    torch.manual_seed(0)
+    layer = UpsampleConv(6, 4, 3).double()
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
+    made = layer(x)
+    assert made.shape == (2, 4, 10, 14)
+    torch.testing.assert_close(made, wanted, rtol=0, atol=1e-12)
+    sources, weight = (x, layer.weight, layer.bias), torch.randn_like(made)
+    gradients = (torch.autograd.grad((y * weight).sum(), sources) for y in (made, wanted))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
