@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -54,6 +55,18 @@ def gan_loss(score: torch.Tensor, real: bool, mode: str, generator: bool = False
     return F.mse_loss(score, target) if mode == "lsgan" else F.l1_loss(score, target)
 
 
+def map_for(args, device: torch.device, dtype: torch.dtype | None) -> Callable:
+    """The `map` that calls both directions: on a CPU in two threads, each with half of the cores.
+
+    Not where threads would share what they change: running statistics, the random numbers of
+    dropout, torch.compile, the scale of float16.
+    """
+    n, shared = torch.get_num_threads(), args.norm == "batch" or args.dropout or args.compile
+    if device.type != "cpu" or n == 1 or shared or dtype == torch.float16:
+        return map
+    return ThreadPoolExecutor(2, "direction", torch.set_num_threads, (n // 2,)).map
+
+
 class CycleGAN:
     """Four networks, their optimizers and buffers; `step` is one iteration of training."""
 
@@ -63,6 +76,7 @@ class CycleGAN:
         self.rank, self.world_size = rank, world_size
         self.iteration, self.layout = 0, devices.memory_layout(device)
         self.batched = args.norm != "batch"  # batch statistics of two kinds of picture must not mix
+        self.map = map_for(args, device, dtype)
         torch.manual_seed(args.seed)
         names = ("ngf", "n_residual_blocks", "norm", "upsample", "dropout", "keep_source")
         options = {name: vars(args)[name] for name in names}
@@ -93,6 +107,8 @@ class CycleGAN:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.buffer_A = ReplayBuffer(args.pool_size, seed=2 * (args.seed + rank))
         self.buffer_B = ReplayBuffer(args.pool_size, seed=2 * (args.seed + rank) + 1)
+        for p in self.params_G + self.params_D:
+            p.grad = torch.zeros_like(p)  # `step` adds to it
         self.identity = torch.zeros((), device=device)  # the last identity loss computed
         self.loss_sums, self.n_summed = torch.zeros(len(LOSSES), device=device), 0
 
@@ -115,86 +131,102 @@ class CycleGAN:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def generator_losses(self, real_A: torch.Tensor, real_B: torch.Tensor) -> tuple:
-        """The generators' loss on real pictures (N, C, H, W), its parts for the log, and the fakes.
+    def generator_loss(
+        self,
+        netG: nn.Module,
+        back: nn.Module,
+        netD: nn.Module,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        lambda_cyc: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """The loss of one direction on real pictures (N, C, H, W), its parts, and the fakes.
 
-        Paper eq. 1 to 3: least squares against the discriminators (section 4), both cycles (3.2),
-        and identity (5.2): a picture that is already of the wanted kind should stay as it is.
-        `--id_every` K computes identity in each K-th iteration only, with K times the weight; the
-        log has its last value with the plain weight. `--detach_cycle`: the cycle loss has no
-        gradient in the first of its two generators, which would learn to hide in the translation
-        what the way back needs (Chu et al. 2017); it trains the second one on pairs of a
-        translation and its real source (back-translation, Lample et al. 2018).
+        Paper eq. 1 to 3: least squares against the discriminator of the target (section 4), the
+        cycle there and back (3.2), and identity (5.2): a picture that is already of the wanted
+        kind should stay as it is. Both directions' mean is what is minimized. `--id_every` K
+        computes identity in each K-th iteration only, with K times the weight. `--detach_cycle`:
+        the cycle loss has no gradient in the first of its two generators, which would learn to
+        hide in the translation what the way back needs (Chu et al. 2017); it trains the second
+        one on pairs of a translation and its real source (back-translation, Lample et al. 2018).
         """
-        args, idt_A, idt_B = self.args, None, None
+        args, idt = self.args, None
         with self.autocast():
             if args.lambda_id > 0 and self.iteration % args.id_every == 0:
-                fake_B, idt_B = self.forward_pair(self.netG_A2B, real_A, real_B)
-                fake_A, idt_A = self.forward_pair(self.netG_B2A, real_B, real_A)
+                fake, idt = self.forward_pair(netG, source, target)
             else:
-                fake_B = self.netG_A2B(real_A)
-                fake_A = self.netG_B2A(real_B)
-            rec_A = self.netG_B2A(fake_B.detach() if args.detach_cycle else fake_B)
-            rec_B = self.netG_A2B(fake_A.detach() if args.detach_cycle else fake_A)
-            score_A, score_B = self.netD_A(fake_A), self.netD_B(fake_B)
-        adv_A = gan_loss(score_A, True, args.gan_mode, generator=True)
-        adv_B = gan_loss(score_B, True, args.gan_mode, generator=True)
-        cycle_A, cycle_B = F.l1_loss(rec_A, real_A), F.l1_loss(rec_B, real_B)
-        parts = {"adv": (adv_A + adv_B) / 2, "cycle": (cycle_A + cycle_B) / 2}
-        loss = logged = parts["adv"] + (args.lambda_A * cycle_A + args.lambda_B * cycle_B) / 2
-        if idt_A is not None:
-            identity = (F.l1_loss(idt_A, real_A) + F.l1_loss(idt_B, real_B)) / 2
-            loss = loss + args.lambda_id * args.id_every * identity
-        else:
-            identity = self.identity
-        parts |= {"identity": identity, "G": logged + args.lambda_id * identity}
-        if args.input_nc == args.output_nc:  # mean |G(x) - x| in gray levels of 255
-            change = F.l1_loss(fake_B.detach(), real_A) + F.l1_loss(fake_A.detach(), real_B)
-            parts["change"] = change / 2 * 127.5
-        else:
-            parts["change"] = torch.zeros_like(identity)
-        return loss, parts, fake_A, fake_B
+                fake = netG(source)
+            rec = back(fake.detach() if args.detach_cycle else fake)
+            score = netD(fake)
+        adv = gan_loss(score, True, args.gan_mode, generator=True)
+        cycle = F.l1_loss(rec, source)
+        loss = adv + lambda_cyc * cycle
+        parts = {"adv": adv, "cycle": cycle, "G": loss, "change": torch.zeros_like(loss)}
+        if idt is not None:
+            parts["identity"] = F.l1_loss(idt, target)
+            loss = loss + args.lambda_id * args.id_every * parts["identity"]
+        if fake.shape == source.shape:  # mean |G(x) - x| in gray levels of 255
+            parts["change"] = 127.5 * F.l1_loss(fake.detach(), source)
+        return loss / 2, parts, fake
 
-    def discriminator_losses(self, real_A, fake_A, real_B, fake_B) -> tuple:
-        """The discriminators' loss on real pictures and fakes from the buffers, and its parts."""
-        mode = self.args.gan_mode
+    def discriminator_loss(
+        self, netD: nn.Module, real: torch.Tensor, fake: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of one discriminator on real pictures and fakes from its buffer."""
         with self.autocast():
-            real_score_A, fake_score_A = self.forward_pair(self.netD_A, real_A, fake_A)
-            real_score_B, fake_score_B = self.forward_pair(self.netD_B, real_B, fake_B)
-        D_A = (gan_loss(real_score_A, True, mode) + gan_loss(fake_score_A, False, mode)) / 2
-        D_B = (gan_loss(real_score_B, True, mode) + gan_loss(fake_score_B, False, mode)) / 2
-        return D_A + D_B, {"D_A": D_A, "D_B": D_B, "D": (D_A + D_B) / 2}
+            real_score, fake_score = self.forward_pair(netD, real, fake)
+        mode = self.args.gan_mode
+        return (gan_loss(real_score, True, mode) + gan_loss(fake_score, False, mode)) / 2
+
+    def direction(self, netG, back, netD, buffer, source, target, lambda_cyc) -> tuple:
+        """The losses of one direction, the parameters they train, and their gradients.
+
+        First the generators against the frozen discriminator, then the discriminator against
+        fakes old and new (section 4).
+        """
+        netD.requires_grad_(False)
+        loss, parts, fake = self.generator_loss(netG, back, netD, source, target, lambda_cyc)
+        grads = torch.autograd.grad(self.scaler.scale(loss), self.params_G)
+        netD.requires_grad_(True)
+        parts["D"] = self.discriminator_loss(netD, target, buffer.query(fake))
+        params_D = list(netD.parameters())
+        grads += torch.autograd.grad(self.scaler.scale(parts["D"]), params_D)
+        parts = {name: value.detach() for name, value in parts.items()}
+        return parts, self.params_G + params_D, grads
 
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One iteration on a batch (real_A, real_B), or on several whose gradients are averaged.
 
-        First the generators against frozen discriminators, then the discriminators against fakes
-        old and new (section 4). Returns the mean losses, still on the device: nothing waits for it.
+        Returns the mean losses, still on the device: nothing waits for it. The log's identity
+        loss is the last one computed.
         """
-        losses, n = dict.fromkeys(LOSSES, 0), len(batches)
-        for real_A, real_B in batches:
-            for p in self.params_D:
-                p.requires_grad_(False)
-            loss, parts_G, fake_A, fake_B = self.generator_losses(real_A, real_B)
-            self.scaler.scale(loss / n).backward()
-            for p in self.params_D:
-                p.requires_grad_(True)
-            old_A, old_B = self.buffer_A.query(fake_A), self.buffer_B.query(fake_B)
-            loss, parts_D = self.discriminator_losses(real_A, old_A, real_B, old_B)
-            self.scaler.scale(loss / n).backward()
-            for name, value in (parts_G | parts_D).items():
-                losses[name] = losses[name] + value.detach() / n
+        args, parts = self.args, []
+        A2B, B2A = (self.netG_A2B, self.netG_B2A), (self.netG_B2A, self.netG_A2B)
+        for A, B in batches:
+            directions = (
+                (*A2B, self.netD_B, self.buffer_B, A, B, args.lambda_A),
+                (*B2A, self.netD_A, self.buffer_A, B, A, args.lambda_B),
+            )
+            for one, params, grads in self.map(self.direction, *zip(*directions, strict=True)):
+                parts.append(one)
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad.add_(grad, alpha=1 / len(batches))
         for optimizer, params in (
             (self.optimizer_G, self.params_G),
             (self.optimizer_D, self.params_D),
         ):
             self.average_gradients(params)
             self.scaler.step(optimizer)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
         self.scaler.update()
         self.update_averages()
         self.iteration += 1
-        self.identity = losses["identity"]
+        names = set(LOSSES) & set(parts[0])
+        losses = {name: sum(one[name] for one in parts) / len(parts) for name in names}
+        for name, each in (("D_B", parts[::2]), ("D_A", parts[1::2])):
+            losses[name] = sum(one["D"] for one in each) / len(each)
+        self.identity = losses.setdefault("identity", self.identity)
+        losses["G"] = losses["G"] + args.lambda_id * self.identity
         self.loss_sums += torch.stack([losses[name] for name in LOSSES])
         self.n_summed += 1
         return losses

@@ -3,6 +3,7 @@
 import copy
 import functools
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -57,9 +58,9 @@ def plain_generator_losses(model: CycleGAN, A: torch.Tensor, B: torch.Tensor) ->
 def test_generator_losses():
     model = CycleGAN(tiny(), CPU)
     A, B = pictures()
-    loss, parts, fake_A, fake_B = model.generator_losses(A, B)
+    loss, parts, fake_A, fake_B = tiny_runs.generator_losses(model, A, B)
     plain = plain_generator_losses(model, A, B)
-    for name in plain:
+    for name in ("adv", "cycle", "identity"):
         assert parts[name].item() == pytest.approx(plain[name].item(), rel=1e-5), name
     assert loss.item() == pytest.approx(plain["G"].item(), rel=1e-5)
     assert torch.allclose(fake_B, model.netG_A2B(A), atol=1e-6)
@@ -81,24 +82,19 @@ def test_gradients_of_the_cycle_loss(options):
         first_B, first_A = first_B.detach(), first_A.detach()
     cycle_A, cycle_B = (G_B2A(first_B) - A).abs().mean(), (G_A2B(first_A) - B).abs().mean()
     wanted = torch.autograd.grad(adv + (3 * cycle_A + 7 * cycle_B) / 2, model.params_G)
-    loss, parts, fake_A, fake_B = model.generator_losses(A, B)
+    loss, parts, fake_A, fake_B = tiny_runs.generator_losses(model, A, B)
     for p, q in zip(wanted, torch.autograd.grad(loss, model.params_G), strict=True):
         assert torch.allclose(p, q, rtol=1e-6, atol=1e-12)
     assert parts["cycle"].item() == pytest.approx((cycle_A + cycle_B).item() / 2, rel=1e-9)
     assert fake_A.requires_grad and fake_B.requires_grad
 
 
-def test_discriminator_losses():
+def test_discriminator_loss():
     model = CycleGAN(tiny(), CPU)
-    A, B = pictures()
-    fake_A, fake_B = B.flip(3), A.flip(2)
-    loss, losses = model.discriminator_losses(A, fake_A, B, fake_B)
-    D_A = ((model.netD_A(A) - 1) ** 2).mean() / 2 + (model.netD_A(fake_A) ** 2).mean() / 2
-    D_B = ((model.netD_B(B) - 1) ** 2).mean() / 2 + (model.netD_B(fake_B) ** 2).mean() / 2
-    assert losses["D_A"].item() == pytest.approx(D_A.item(), rel=1e-5)
-    assert losses["D_B"].item() == pytest.approx(D_B.item(), rel=1e-5)
-    assert losses["D"].item() == pytest.approx((D_A + D_B).item() / 2, rel=1e-5)
-    assert loss.item() == pytest.approx((D_A + D_B).item(), rel=1e-5)
+    for netD, real in zip((model.netD_A, model.netD_B), pictures(), strict=True):
+        loss = model.discriminator_loss(netD, real, real.flip(3))
+        plain = ((netD(real) - 1) ** 2).mean() / 2 + (netD(real.flip(3)) ** 2).mean() / 2
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_score_map_is_not_averaged_first():
@@ -139,17 +135,50 @@ def test_a_step_is_the_plain_step():
 def test_discriminators_get_no_gradient_from_the_generators():
     """With the fakes taken out of its loss, a step moves the discriminators by nothing."""
     model = CycleGAN(tiny(), CPU)
-    zero = torch.zeros((), requires_grad=True)
-    parts = dict.fromkeys(("D", "D_A", "D_B"), zero)
-    model.discriminator_losses = lambda *pictures: (1 * zero, parts)
+    model.discriminator_loss = lambda netD, real, fake: sum(0 * p.sum() for p in netD.parameters())
     before = [p.clone() for p in model.params_D]
-    model.optimizer_D.zero_grad = lambda: None  # what is there stays to be seen
-    for p in model.params_D:
-        p.grad = torch.zeros_like(p)
+    model.optimizer_D.zero_grad = lambda set_to_none: None  # what is there stays to be seen
     model.step([pictures()])
     assert all(not p.grad.any() for p in model.params_D)
     assert all(torch.equal(p, q) for p, q in zip(before, model.params_D, strict=True))
     assert all(p.requires_grad for p in model.params_D)
+
+
+@pytest.mark.parametrize("options", ["", "--detach_cycle --id_every 2 --accumulate 2"])
+def test_threads_give_the_same_step(monkeypatch, options):
+    """On a CPU the directions run side by side; a step is the same, each time to the last bit."""
+    words = (*options.split(), "--pool_size", "1", "--ema", "0")
+    models = []
+    for threads in (1, 4, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        models.append(double(CycleGAN(tiny(*words), CPU)))
+    names = set()
+    for model in models:
+        for netD in (model.netD_A, model.netD_B):
+            netD.register_forward_hook(lambda *_: names.add(threading.current_thread().name))
+    for i in range(4):
+        A, B = (x.roll(i, 3) for x in pictures(1, torch.float64))
+        losses = [model.step([(A, B), (B, A)][: model.args.accumulate]) for model in models]
+        assert losses[1] == losses[2]
+        for name, value in losses[0].items():
+            assert losses[1][name].item() == pytest.approx(value.item(), rel=1e-6), name
+    assert names == {"MainThread", "direction_0", "direction_1"}
+    params = [model.params_G + model.params_D for model in models]
+    for one, other, same in zip(*params, strict=True):
+        assert torch.equal(other, same)
+        assert (one - other).abs().max() < 1e-5
+
+
+def test_where_directions_share_no_threads(monkeypatch):
+    """Not where they would change one thing at once, nor on a GPU, whose kernels queue anyway."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert CycleGAN(tiny(), CPU, torch.bfloat16).map is not map
+    for words in ("--norm batch", "--dropout", "--compile"):
+        assert train.map_for(tiny(*words.split()), CPU, None) is map
+    assert train.map_for(tiny(), CPU, torch.float16) is map
+    assert train.map_for(tiny(), torch.device("cuda"), None) is map
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert train.map_for(tiny(), CPU, None) is map
 
 
 @pytest.mark.parametrize("net", ["optimizer_G", "optimizer_D"])
@@ -177,7 +206,7 @@ def test_discriminators_see_what_the_buffers_return():
     """With room for one picture, fakes of the past come back; D is trained on just those."""
     model = CycleGAN(tiny("--pool_size", "1"), CPU)
     fresh, returned, seen = [], [], []
-    losses = model.discriminator_losses
+    loss = model.discriminator_loss
 
     def spy(query):
         def wrapped(fakes):
@@ -187,14 +216,14 @@ def test_discriminators_see_what_the_buffers_return():
 
         return wrapped
 
-    def spy_losses(real_A, fake_A, real_B, fake_B):
-        seen.extend([fake_A, fake_B])
-        return losses(real_A, fake_A, real_B, fake_B)
+    def spy_loss(netD, real, fake):
+        seen.append(fake)
+        return loss(netD, real, fake)
 
     model.buffer_A.query, model.buffer_B.query = map(
         spy, (model.buffer_A.query, model.buffer_B.query)
     )
-    model.discriminator_losses = spy_losses
+    model.discriminator_loss, model.map = spy_loss, map  # one direction after the other
     for i in range(8):
         model.step([tuple(x[i % 2 :][:1] for x in pictures())])
     assert all(torch.equal(a, b) for a, b in zip(seen, returned, strict=True))
@@ -203,17 +232,16 @@ def test_discriminators_see_what_the_buffers_return():
 
 def test_identity_every_kth_step():
     """Weight and work change with --id_every, what is logged does not jump."""
-    model = CycleGAN(tiny("--id_every", "2"), CPU)
+    model = CycleGAN(tiny("--id_every", "2", "--lr", "0"), CPU)
     A, B = pictures()
     plain = plain_generator_losses(model, A, B)
     base = (plain["adv"] + 10 * plain["cycle"]).item()
-    loss, parts, *_ = model.generator_losses(A, B)
-    assert loss.item() == pytest.approx(base + 2 * 5 * plain["identity"].item(), rel=1e-5)
-    assert parts["G"].item() == pytest.approx(plain["G"].item(), rel=1e-5)
-    model.iteration, model.identity = 1, parts["identity"].detach()
-    loss, parts, *_ = model.generator_losses(A, B)
-    assert loss.item() == pytest.approx(base, rel=1e-5)
-    assert parts["G"].item() == pytest.approx(plain["G"].item(), rel=1e-5)
+    for weight in (2 * 5, 0, 2 * 5):
+        loss, *_ = tiny_runs.generator_losses(model, A, B)
+        assert loss.item() == pytest.approx(base + weight * plain["identity"].item(), rel=1e-5)
+        losses = model.step([(A, B)])
+        for name in ("identity", "G"):
+            assert losses[name].item() == pytest.approx(plain[name].item(), rel=1e-5), name
 
 
 def test_mean_losses_are_of_all_iterations_since_the_last_call():

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch import nn
@@ -248,7 +249,7 @@ def test_channel_norm_sees_no_far_pixels():
 def test_generator_options_reach_the_generators():
     for name in ("netG_A2B", "netG_B2A"):
         nearest = make_model("--upsample nearest").networks()[name].modules()
-        assert sum(isinstance(layer, nn.Upsample) for layer in nearest) == 2
+        assert sum(isinstance(layer, models.UpsampleConv) for layer in nearest) == 2
         transposed = make_model("--upsample deconv").networks()[name].modules()
         assert sum(isinstance(layer, nn.ConvTranspose2d) for layer in transposed) == 2
         for netG, multiple in (("unet_128", 128), ("unet_256", 256)):
@@ -448,17 +449,13 @@ def test_gan_modes_in_the_losses(mode):
     model = make_model(f"--gan_mode {mode} --lambda_id 0 --init_gain 0.2")
     A, B = random_pictures()
     real, fake, generator = PLAIN[mode]
-    _, losses, fake_A, fake_B = model.generator_losses(A, B)
+    _, losses, fake_A, fake_B = tiny.generator_losses(model, A, B)
     D_A, D_B = model.netD_A, model.netD_B
     adv = (mean(generator(D_A(fake_A))) + mean(generator(D_B(fake_B)))) / 2
     assert losses["adv"].item() == pytest.approx(adv, rel=1e-4)
-    _, losses = model.discriminator_losses(A, fake_A, B, fake_B)
-    assert losses["D_A"].item() == pytest.approx(
-        (mean(real(D_A(A))) + mean(fake(D_A(fake_A)))) / 2, rel=1e-4
-    )
-    assert losses["D_B"].item() == pytest.approx(
-        (mean(real(D_B(B))) + mean(fake(D_B(fake_B)))) / 2, rel=1e-4
-    )
+    for netD, x, y in ((D_A, A, fake_A), (D_B, B, fake_B)):
+        loss = model.discriminator_loss(netD, x, y).item()
+        assert loss == pytest.approx((mean(real(netD(x))) + mean(fake(netD(y)))) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -471,15 +468,16 @@ def test_gan_modes_in_the_losses(mode):
 def test_weights_of_the_losses(options, weights):
     model = make_model(options)
     A, B = random_pictures()
-    loss, losses, _, _ = model.generator_losses(A, B)
+    loss, losses, _, _ = tiny.generator_losses(model, A, B)
     forth, back = model.netG_A2B, model.netG_B2A
     cycle_A, cycle_B = mean((back(forth(A)) - A).abs()), mean((forth(back(B)) - B).abs())
     identity = (mean((back(A) - A).abs()) + mean((forth(B) - B).abs())) / 2
     lambda_A, lambda_B, lambda_id = weights
     total = losses["adv"].item() + (lambda_A * cycle_A + lambda_B * cycle_B) / 2
     assert abs(cycle_A - cycle_B) > 1e-4  # else swapped weights would not show
-    assert losses["G"].item() == pytest.approx(total + lambda_id * identity, rel=1e-5)
-    assert loss.item() == pytest.approx(losses["G"].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(total + lambda_id * identity, rel=1e-5)
+    losses = model.step([(A, B)])
+    assert losses["G"].item() == pytest.approx(loss.item(), rel=1e-5)
     assert (losses["identity"].item() > 0) == (lambda_id > 0)
 
 
@@ -489,7 +487,7 @@ def test_identity_pass_is_not_computed_at_0():
         model = make_model(options)
         count = []
         model.netG_A2B.register_forward_hook(lambda net, x, y, c=count: c.append(len(x[0])))
-        model.generator_losses(*random_pictures(1))
+        tiny.generator_losses(model, *random_pictures(1))
         passes.append(sum(count))
     assert passes == [3, 2]  # pictures through the generator
 
@@ -535,23 +533,24 @@ def test_pool_size(run, rgb, size):
 def test_without_a_pool_the_discriminators_see_the_new_fakes(monkeypatch):
     model = make_model("--pool_size 0")
     made, seen = [], []
-    generator_losses, discriminator_losses = model.generator_losses, model.discriminator_losses
+    generator_loss, discriminator_loss = model.generator_loss, model.discriminator_loss
 
-    def note_made(A, B):
-        result = generator_losses(A, B)
-        made.append(result[2:])
+    def note_made(*args):
+        result = generator_loss(*args)
+        made.append(result[2])
         return result
 
-    def note_judged(A, fake_A, B, fake_B):
-        seen.append((fake_A, fake_B))
-        return discriminator_losses(A, fake_A, B, fake_B)
+    def note_judged(netD, real, fake):
+        seen.append(fake)
+        return discriminator_loss(netD, real, fake)
 
-    monkeypatch.setattr(model, "generator_losses", note_made)
-    monkeypatch.setattr(model, "discriminator_losses", note_judged)
+    monkeypatch.setattr(model, "generator_loss", note_made)
+    monkeypatch.setattr(model, "discriminator_loss", note_judged)
+    monkeypatch.setattr(model, "map", map)
     for _ in range(4):
         model.step([tuple(random_pictures())])
-    for new, used in zip(made, seen, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(new, used, strict=True))
+    assert len(made) == 8
+    assert all(torch.equal(new, used) for new, used in zip(made, seen, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -601,8 +600,9 @@ def test_batch_norm_does_not_mix_passes():
         B = B * 0.1 + 0.5
         note = lambda net, x, y, passes=passes: passes.append((net, x[0], y))
         hooks = [net.register_forward_hook(note) for net in model.networks().values()]
-        *_, fake_A, fake_B = model.generator_losses(A, B)
-        model.discriminator_losses(A, fake_A.detach(), B, fake_B.detach())
+        *_, fake_A, fake_B = tiny.generator_losses(model, A, B)
+        model.discriminator_loss(model.netD_A, A, fake_A.detach())
+        model.discriminator_loss(model.netD_B, B, fake_B.detach())
         for hook in hooks:
             hook.remove()
         for net in model.networks().values():  # fake, rec, idt; fake for G, real, fake for D

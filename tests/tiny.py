@@ -81,3 +81,16 @@ def differences(a: dict, b: dict) -> list[str]:
 
 def copy_run(workdir: Path, to: Path) -> Path:
     return Path(shutil.copytree(workdir, to))
+
+
+def generator_losses(model, A: torch.Tensor, B: torch.Tensor) -> tuple:
+    """The sum of both directions' losses, the means of its parts, fake_A and fake_B."""
+    (one, parts, fake_B), (two, others, fake_A) = (
+        model.generator_loss(G, back, D, x, y, weight)
+        for G, back, D, x, y, weight in (
+            (model.netG_A2B, model.netG_B2A, model.netD_B, A, B, model.args.lambda_A),
+            (model.netG_B2A, model.netG_A2B, model.netD_A, B, A, model.args.lambda_B),
+        )
+    )
+    means = {name: (value + others[name]) / 2 for name, value in parts.items()}
+    return one + two, means, fake_A, fake_B

@@ -105,6 +105,7 @@ class Case:
 
 def optimizations(case: Case) -> list[str]:
     names = ["batched", "fused"] if case.task == "train" else []
+    names += ["threads"] if case.task == "train" and case.device.type == "cpu" else []
     names += ["amp"] if case.dtype else []
     names += ["benchmark"] if case.device.type == "cuda" else []
     return [*names, "channels_last", "compile"]
@@ -150,6 +151,7 @@ def make_step(case: Case) -> Callable[[], object]:
 def keep_one(model: train.CycleGAN, name: str) -> None:
     """Undo what CycleGAN chose for the device, except for the optimization `name`."""
     model.batched, args = name == "batched", model.args
+    model.map = model.map if name == "threads" else map
     layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
     for net in model.networks().values():
         net.to(memory_format=layout)
