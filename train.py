@@ -142,6 +142,7 @@ class CycleGAN:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """The loss of one direction on real pictures (N, C, H, W), its parts, and the fakes.
 
+        `netG` translates `source`, `back` the other way, `netD` knows `target` from fakes.
         Paper eq. 1 to 3: least squares against the discriminator of the target (section 4), the
         cycle there and back (3.2), and identity (5.2): a picture that is already of the wanted
         kind should stay as it is. Both directions' mean is what is minimized. `--id_every` K
