@@ -222,8 +222,7 @@ class CycleGAN:
         self.scaler.update()
         self.update_averages()
         self.iteration += 1
-        names = set(LOSSES) & set(parts[0])
-        losses = {name: sum(one[name] for one in parts) / len(parts) for name in names}
+        losses = {name: sum(one[name] for one in parts) / len(parts) for name in parts[0]}
         for name, each in (("D_B", parts[::2]), ("D_A", parts[1::2])):
             losses[name] = sum(one["D"] for one in each) / len(each)
         self.identity = losses.setdefault("identity", self.identity)

@@ -17,7 +17,7 @@ QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # 34x34 of 128x128: the paper's 
 QUICK |= {"n_epochs": 0}
 QUICK_ITERATIONS = 1500  # what n_epochs 0 stands for
 
-# small enough for two CPU cores and six minutes
+# small enough for two CPU cores and seven minutes
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 4}
 DEMO |= {"upsample": "nearest", "keep_source": True, "netD": "n_layers", "n_layers_D": 2}
 DEMO |= {"lambda_cyc": 20.0, "detach_cycle": True, "lambda_id": 3.0, "ema": 0.99}
