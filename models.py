@@ -85,8 +85,9 @@ class UpsampleConv(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3)
-        weight = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)  # (in, out, 4, 4)
+        weight = F.pad(self.weight, (0, 1)) + F.pad(self.weight, (1, 0))  # (out, in, 3, 4)
+        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))  # (out, in, 4, 4)
+        weight = weight.flip(2, 3).transpose(0, 1)  # as a transposed convolution has it
         return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
 
 

@@ -344,7 +344,10 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
                 row = {"epoch": epoch + 1, "iteration": model.iteration, **losses, "lr": lr}
                 log.log("losses", {**row, "seconds": progress["seconds"]})
                 log.check_change(model.iteration, losses["change"])
-            if model.iteration % args.sample_every == 0 or last:
+            # epochs shorter than --sample_every have no grid of their own, but for the last one
+            long = n_steps >= args.sample_every or epoch + 1 == args.n_epochs
+            drawn = model.iteration % args.sample_every == 0 or (last and long)
+            if drawn:
                 log.log_samples(model, "latest", *([f"epoch_{epoch + 1:03d}"] if last else []))
             if last:
                 log.log_epoch(epoch + 1, n_steps, per_step, losses, lr)
@@ -357,6 +360,7 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
             if last or due or stopping:
                 checkpoint.save(model, progress, writer)
                 saved = time.time()
+            if drawn or stopping:
                 log.plot()
             if stopping:
                 break

@@ -96,3 +96,16 @@ def test_errors_of_the_writer_thread(dataroot, tmp_path, capsys):
 
 def fail_to_write():
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "words, epochs",
+    [
+        ("--sample_every 10 --n_epochs 5", ("002", "004", "005")),  # of five iterations each
+        ("--sample_every 4 --n_epochs 2", ("001", "002")),
+    ],
+)
+def test_short_epochs_share_a_grid(words, epochs, dataroot, tmp_path):
+    assert tiny.run(dataroot, tmp_path, words) == 0
+    names = {path.name for path in (tmp_path / "images").iterdir()}
+    assert names == {"latest.png", *(f"epoch_{epoch}.png" for epoch in epochs)}
