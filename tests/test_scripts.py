@@ -59,7 +59,7 @@ def test_train_then_test(fruit, tmp_path):
     """The two commands, and every file that they promise."""
     said = type_command(
         "train.py", "--dataroot", fruit, *SMALL, "--n_epochs", "2", "--log_every", "3",
-        "--sample_every", "5", "--workdir", tmp_path,
+        "--sample_every", "3", "--workdir", tmp_path,
     )  # fmt: skip
     line = (
         r"\[Epoch 2/2\] \[Batch 4/4\] \[D loss: \d\.\d{6}\] \[G loss: \d+\.\d{6}, adv: \d\.\d{6}, "
