@@ -344,9 +344,9 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
                 row = {"epoch": epoch + 1, "iteration": model.iteration, **losses, "lr": lr}
                 log.log("losses", {**row, "seconds": progress["seconds"]})
                 log.check_change(model.iteration, losses["change"])
-            # epochs shorter than --sample_every have no grid of their own, but for the last one
-            long = n_steps >= args.sample_every or epoch + 1 == args.n_epochs
-            drawn = model.iteration % args.sample_every == 0 or (last and long)
+            # an epoch shorter than --sample_every has a grid only if one is due, or as the last
+            grid = last and (n_steps >= args.sample_every or epoch + 1 == args.n_epochs)
+            drawn = grid or model.iteration % args.sample_every == 0
             if drawn:
                 log.log_samples(model, "latest", *([f"epoch_{epoch + 1:03d}"] if last else []))
             if last:

@@ -102,7 +102,7 @@ def test_a_whole_page_that_needs_nothing_else(tmp_path):
     assert len(links) == 8 and all(link.startswith("data:image/") for link in links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "://" not in path.read_text() and "url(" not in path.read_text()
-    for text in ("CycleGAN: fruit", "resnet_9blocks with 4 blocks, 64 x 64", FACTS, "0.25"):
+    for text in ("CycleGAN: fruit", "resnet_9blocks, n_residual_blocks 4, 64 x 64", FACTS, "0.25"):
         assert text in page.texts
     for name, value in (("workers", "0"), ("no_flip", "False")):
         assert page.texts[page.texts.index(name) + 1] == value
