@@ -113,6 +113,8 @@ class Generator(nn.Module):
 
     With `keep_source` the last convolution has two channels more, and `output` changes the input
     instead of replacing it: what need not change stays, which instance norm would not allow.
+    With `norm` mixed the upsamplings have channel norm, all else instance norm (layer norm after an
+    encoder with instance norm: MUNIT, Huang et al. 2018): colors of large areas can be drawn.
     """
 
     multiple = 4  # H and W must be multiples of it
@@ -132,24 +134,26 @@ class Generator(nn.Module):
         self.input_nc, self.output_nc = input_nc, output_nc
         # its name in the file says which form the weights are for; None is not saved
         self.register_buffer("keep_source", torch.ones(()) if keep_source else None)
-        bias = norm == "instance"  # as published: also what tells "none" from "instance" in a file
+        norm, up_norm = ("instance", "channel") if norm == "mixed" else (norm, norm)
+        # as published: also what tells "none" from "instance" in a file
+        bias, up_bias = norm == "instance", up_norm == "instance"
 
-        def normed(layer: nn.Module) -> list[nn.Module]:
+        def normed(layer: nn.Module, norm: str) -> list[nn.Module]:
             return [layer, norm_layer(norm, layer.out_channels), nn.ReLU()]
 
         c = ngf
-        layers = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(input_nc, c, 7, bias=bias))]
+        layers = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(input_nc, c, 7, bias=bias), norm)]
         for _ in range(2):
-            layers += normed(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1, bias=bias))
+            layers += normed(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1, bias=bias), norm)
             c *= 2
         layers += [ResidualBlock(c, norm, dropout, bias) for _ in range(n_residual_blocks)]
         for _ in range(2):
             if upsample == "nearest":
                 layers += [nn.Identity()]  # the names count nn.Upsample as a layer
-                layers += normed(UpsampleConv(c, c // 2, 3, bias=bias))
+                up = UpsampleConv(c, c // 2, 3, bias=up_bias)
             else:
-                up = nn.ConvTranspose2d(c, c // 2, 3, 2, padding=1, output_padding=1, bias=bias)
-                layers += normed(up)
+                up = nn.ConvTranspose2d(c, c // 2, 3, 2, padding=1, output_padding=1, bias=up_bias)
+            layers += normed(up, up_norm)
             c //= 2
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(c, output_nc + 2 * keep_source, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)

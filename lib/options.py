@@ -132,8 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--netD", "basic", "basic: 70x70 PatchGAN", "basic n_layers pixel strided")
     add(g, "--n_layers_D", 3, "stride-2 layers of --netD n_layers")
     add(g, "--ndf", 64, "width of the discriminators")
-    text = "normalization; channel: keeps colors (generators alone)"
-    add(g, "--norm", "instance", text, "instance batch channel none")
+    text = "normalization; channel keeps colors, mixed draws new ones (generators alone)"
+    add(g, "--norm", "instance", text, "instance batch channel mixed none")
     inits = "normal xavier kaiming orthogonal"
     add(g, "--init_type", "normal", "distribution of the first weights", inits)
     add(g, "--init_gain", 0.02, "their scale")
@@ -211,6 +211,8 @@ def check_options(args: argparse.Namespace) -> None:
             )
     if args.keep_source and (multiple > 4 or channels[0] != channels[1]):
         raise UserError("--keep_source needs a ResNet generator and equal --input_nc, --output_nc")
+    if args.norm == "mixed" and multiple > 4:
+        raise UserError("--norm mixed needs a ResNet generator")
     if args.lambda_id > 0 and channels[0] != channels[1]:
         raise UserError(
             f"the identity loss needs equal channels, but --input_nc is {channels[0]} and "

@@ -44,7 +44,9 @@ def generator_from_state(content: dict) -> nn.Module:
     biased = "model.1.bias" in state or "model.model.0.bias" in state
     affine = any(name.endswith(".weight") and value.dim() == 1 for name, value in state.items())
     counted = any(name.endswith("running_mean") for name in state)
-    norm = "instance" if biased else "batch" if counted else "channel" if affine else "none"
+    norm = "batch" if counted else "channel" if affine else "none"
+    if biased:
+        norm = "mixed" if affine else "instance"
     if norm == "instance":  # before PyTorch 0.4 it kept running statistics, which were never used
         unused = ("running_mean", "running_var", "num_batches_tracked")
         state = {name: value for name, value in state.items() if not name.endswith(unused)}

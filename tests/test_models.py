@@ -176,7 +176,7 @@ def test_saturated_pixels_are_trained_back_into_the_range():
 
 
 @pytest.mark.parametrize("upsample", ["deconv", "nearest"])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "mixed"])
 def test_keep_source_is_read_from_the_file(upsample, norm):
     net = keeping(upsample=upsample, norm=norm, dropout=True, input_nc=2, output_nc=2)
     read, x = generator_from_state(net.state_dict()).eval(), torch.rand(1, 2, 16, 16)

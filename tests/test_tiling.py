@@ -30,7 +30,7 @@ from utils import UserError
 
 KINDS = [
     {"upsample": "deconv", "norm": "instance", "dropout": True},
-    {"upsample": "nearest", "norm": "instance", "keep_source": True},
+    {"upsample": "nearest", "norm": "mixed", "keep_source": True},
     {"upsample": "deconv", "norm": "batch", "input_nc": 1, "output_nc": 4},
     {"upsample": "nearest", "norm": "none", "input_nc": 5, "output_nc": 1},
     {"upsample": "nearest", "norm": "channel", "keep_source": True},

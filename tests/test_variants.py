@@ -153,6 +153,8 @@ VALUES = [
     "--norm batch --init_type kaiming",
     "--norm none --init_type kaiming",
     "--norm channel --keep_source --upsample nearest",
+    "--norm mixed --upsample nearest",
+    "--norm mixed --keep_source",
     "--norm batch --init_type kaiming --netD pixel --upsample nearest",
     "--norm none --init_type kaiming --netD strided --dropout",
     "--init_type normal --init_gain 0.1",
@@ -229,6 +231,25 @@ def test_channel_norm_is_for_generators():
         norms = (models.ChannelNorm, nn.InstanceNorm2d)
         found = [type(layer) for layer in net.modules() if isinstance(layer, norms)]
         assert len(found) >= 3 and set(found) == {kind}
+
+
+def test_mixed_norm_is_channel_norm_where_the_size_grows():
+    for name, net in make_model("--norm mixed --n_residual_blocks 1").networks().items():
+        norms = (models.ChannelNorm, nn.InstanceNorm2d)
+        found = [type(layer) for layer in net.modules() if isinstance(layer, norms)]
+        up = [models.ChannelNorm] * 2 if name.startswith("netG") else []
+        assert found == [nn.InstanceNorm2d] * (len(found) - len(up)) + up and len(found) >= 3
+
+
+def test_mixed_norm_leaves_the_mean_of_the_last_maps_free():
+    """An instance norm there takes it away, and with it the color of a large area."""
+    torch.manual_seed(0)
+    for norm, least, most in (("mixed", 0.01, 1), ("instance", 0, 1e-5)):
+        net = models.Generator(ngf=4, n_residual_blocks=1, norm=norm)
+        models.init_weights(net, "kaiming")
+        with torch.no_grad():
+            means = net.model[:16](torch.rand(1, 3, 32, 32)).mean((2, 3))  # before the last ReLU
+        assert least <= means.abs().max() < most
 
 
 def test_channel_norm_sees_no_far_pixels():
@@ -594,7 +615,7 @@ def test_batch_norm_does_not_mix_passes():
 
     Batch statistics are those of one kind of picture; instance norm may take two kinds at once.
     """
-    for norm in ("batch", "instance", "channel", "none"):
+    for norm in ("batch", "instance", "channel", "mixed", "none"):
         model, passes = make_model(f"--norm {norm} --init_gain 0.3"), []
         A, B = random_pictures()
         B = B * 0.1 + 0.5
