@@ -153,7 +153,6 @@ VALUES = [
     "--norm batch --init_type kaiming",
     "--norm none --init_type kaiming",
     "--norm channel --keep_source --upsample nearest",
-    "--norm mixed --upsample nearest",
     "--norm mixed --keep_source",
     "--norm batch --init_type kaiming --netD pixel --upsample nearest",
     "--norm none --init_type kaiming --netD strided --dropout",
