@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import datasets
 import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
+from lib.augment import augment
 from lib.logger import Logger
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
@@ -135,7 +136,7 @@ class CycleGAN:
         self,
         netG: nn.Module,
         back: nn.Module,
-        netD: nn.Module,
+        netD: Callable,
         source: torch.Tensor,
         target: torch.Tensor,
         lambda_cyc: float,
@@ -171,7 +172,7 @@ class CycleGAN:
         return loss / 2, parts, fake
 
     def discriminator_loss(
-        self, netD: nn.Module, real: torch.Tensor, fake: torch.Tensor
+        self, netD: Callable, real: torch.Tensor, fake: torch.Tensor
     ) -> torch.Tensor:
         """The loss of one discriminator on real pictures and fakes from its buffer."""
         with self.autocast():
@@ -185,11 +186,12 @@ class CycleGAN:
         First the generators against the frozen discriminator, then the discriminator against
         fakes old and new (section 4).
         """
+        score = lambda x: netD(augment(x, self.args.augment_D, buffer.random))
         netD.requires_grad_(False)
-        loss, parts, fake = self.generator_loss(netG, back, netD, source, target, lambda_cyc)
+        loss, parts, fake = self.generator_loss(netG, back, score, source, target, lambda_cyc)
         grads = torch.autograd.grad(self.scaler.scale(loss), self.params_G)
         netD.requires_grad_(True)
-        parts["D"] = self.discriminator_loss(netD, target, buffer.query(fake))
+        parts["D"] = self.discriminator_loss(score, target, buffer.query(fake))
         params_D = list(netD.parameters())
         grads += torch.autograd.grad(self.scaler.scale(parts["D"]), params_D)
         parts = {name: value.detach() for name, value in parts.items()}

@@ -38,7 +38,7 @@ RANGES = {  # low <= value < high
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
     "lambda_id init_gain": (0, math.inf),
-    "ema beta1 beta2 half_size": (0, 1),
+    "augment_D ema beta1 beta2 half_size": (0, 1),
 }
 
 
@@ -99,6 +99,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--detach_cycle", False, "the cycle loss trains the second of its two generators alone")
     add(g, "--lambda_id", 5.0, "weight of the identity loss; 0: not computed")
     add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
+    text = "share of what the discriminators see that is warped; 0.7 for long runs on few pictures"
+    add(g, "--augment_D", 0.0, text)
     add(g, "--pool_size", 50, "fakes kept for each discriminator; 0: none")
     add(g, "--ema", 0.998, "moving average of the generators' weights; 0: none")
 

@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import itertools
+import math
+import random
 import shutil
 import threading
 
@@ -9,10 +12,12 @@ import numpy as np
 import pytest
 import tiny as tiny_runs
 import torch
+import torch.nn.functional as F
 
 import datasets
 import train
 from lib import metrics, options, translation, validation
+from lib.augment import augment
 from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
 from lib.schedule import lr_factor
@@ -144,7 +149,9 @@ def test_discriminators_get_no_gradient_from_the_generators():
     assert all(p.requires_grad for p in model.params_D)
 
 
-@pytest.mark.parametrize("options", ["", "--detach_cycle --id_every 2 --accumulate 2"])
+@pytest.mark.parametrize(
+    "options", ["", "--detach_cycle --id_every 2 --accumulate 2 --augment_D 0.7"]
+)
 def test_threads_give_the_same_step(monkeypatch, options):
     """On a CPU the directions run side by side; a step is the same, each time to the last bit."""
     words = (*options.split(), "--pool_size", "1", "--ema", "0")
@@ -330,6 +337,68 @@ def test_buffer_keeps_its_own_copy_and_cuts_gradients():
     assert torch.equal(none.query(images), images) and none.n == 0
     larger = torch.zeros(2, 3, 4, 4)  # another shape begins a new history
     assert torch.equal(kept.query(larger)[:1], larger[:1]) and kept.images.shape == (1, 3, 4, 4)
+
+
+class Fixed(random.Random):
+    """Draws a given share of each limit, in the order of the draws."""
+
+    def __init__(self, **shares: float):
+        super().__init__()
+        names = "angle zoom mirror x y saturation contrast brightness"
+        self.shares = itertools.cycle(shares.get(name, 0.0) for name in names.split())
+
+    def random(self) -> float:
+        return 0.0
+
+    def uniform(self, low: float, high: float) -> float:
+        return next(self.shares) * high
+
+
+def test_augment_moves_and_recolors_pictures():
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    y = torch.rand(1, 3, 8, 16)  # a turn leaves the shapes of what is in a wide picture
+    for shares, image, expected in (
+        ({}, x, x),
+        ({"mirror": -1}, x, x.flip(3)),
+        ({"angle": 0.5}, x, x.rot90(1, (2, 3))),
+        ({"angle": 0.5}, y, None),
+        ({"x": 1}, x, torch.cat([x[..., 1:], x[..., -1:]], 3)),
+        ({"brightness": 1}, x, x + 0.12),
+        ({"contrast": 1}, x, x * math.exp(0.2)),
+    ):
+        found = augment(image, 0.7, Fixed(**shares))
+        if expected is None:
+            found, expected = found[..., 4:12], y[..., 4:12].rot90(1, (2, 3))
+        assert torch.allclose(found, expected, atol=1e-5), shares
+    gray = augment(x, 0.7, Fixed(saturation=1)).mean(1)
+    assert torch.allclose(gray, x.mean(1), atol=1e-6)
+    small = F.avg_pool2d(augment(x, 0.7, Fixed(zoom=math.log(0.5) / 0.35)), 2)  # twice as large
+    assert (small - x[..., 4:12, 4:12]).abs().mean() < (x - x.mean()).abs().mean() / 2
+
+
+def test_augment_changes_a_share_of_the_pictures_with_gradients_and_no_other_precision():
+    x = torch.rand(200, 3, 8, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = augment(x, 0.3, random.Random(0))
+    assert y.dtype == torch.float32
+    same = (y - x).abs().amax((1, 2, 3)) < 1e-5
+    assert 110 < same.sum() < 170
+    y.sum().backward()
+    assert (x.grad.amax((1, 2, 3)) > 0).all()
+    assert augment(x, 0.0, random.Random(0)) is x
+
+
+@pytest.mark.parametrize("probability", ["0", "0.99"])
+def test_discriminators_alone_see_augmented_pictures(probability):
+    model = CycleGAN(tiny("--augment_D", probability), CPU)
+    A, B = pictures()
+    seen = {"netG_A2B": [], "netD_A": []}
+    for name, inputs in seen.items():
+        note = lambda net, x, y, inputs=inputs: inputs.extend(x[0])
+        model.networks()[name].register_forward_hook(note)
+    model.step([(A, B)])
+    known = {name: any(torch.equal(x, A[0]) for x in inputs) for name, inputs in seen.items()}
+    assert known == {"netG_A2B": True, "netD_A": probability == "0"}
 
 
 def test_linear_schedule():
