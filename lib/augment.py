@@ -10,8 +10,8 @@ import torch.nn.functional as F
 def augment(x: torch.Tensor, probability: float, rng: random.Random) -> torch.Tensor:
     """Turn, mirror, zoom, shift and slightly recolor pictures (N, C, H, W) in [-1, 1].
 
-    Each is changed with the given probability, as a whole and differentiably; what a shift or a
-    turn brings into view is the mirrored picture. Real pictures and fakes are changed alike, so the
+    Each is changed with the given probability, differentiably: by any angle, 1.4 times in size and
+    a sixteenth of the side at most; what comes into view is the mirrored picture. Real pictures and fakes are changed alike, so the
     generators need not draw the changes (Karras et al. 2020, section 2.2; Zhao et al. 2020).
     Colors may leave [-1, 1] a little. The result is float32 at least.
     """
@@ -20,8 +20,8 @@ def augment(x: torch.Tensor, probability: float, rng: random.Random) -> torch.Te
     height, width = x.shape[2:]
     thetas, colors = [], []
     for _ in x:
-        limit = float(rng.random() < probability)
-        u = lambda low_high, limit=limit: limit * rng.uniform(-low_high, low_high)
+        on = float(rng.random() < probability)
+        u = lambda most, on=on: on * rng.uniform(-most, most)
         angle, zoom, mirror = u(math.pi), math.exp(u(0.35)), -1.0 if u(1) < 0 else 1.0
         c, s = zoom * math.cos(angle), zoom * math.sin(angle)
         thetas.append([[c * mirror, -s * height / width, u(0.125)]])

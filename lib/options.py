@@ -99,8 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--detach_cycle", False, "the cycle loss trains the second of its two generators alone")
     add(g, "--lambda_id", 5.0, "weight of the identity loss; 0: not computed")
     add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
-    text = "chance that D sees a picture warped; 0.7: long runs, few pictures"
-    add(g, "--augment_D", 0.0, text)
+    add(g, "--augment_D", 0.0, "chance that D sees a picture warped; 0.7: long runs, few pictures")
     add(g, "--pool_size", 50, "fakes kept for each discriminator; 0: none")
     add(g, "--ema", 0.998, "moving average of the generators' weights; 0: none")
 
