@@ -11,9 +11,10 @@ def augment(x: torch.Tensor, probability: float, rng: random.Random) -> torch.Te
     """Turn, mirror, zoom, shift and slightly recolor pictures (N, C, H, W) in [-1, 1].
 
     Each is changed with the given probability, differentiably: by any angle, 1.4 times in size and
-    a sixteenth of the side at most; what comes into view is the mirrored picture. Real pictures and fakes are changed alike, so the
-    generators need not draw the changes (Karras et al. 2020, section 2.2; Zhao et al. 2020).
-    Colors may leave [-1, 1] a little. The result is float32 at least.
+    a sixteenth of the side at most; what comes into view is the mirrored picture. Real pictures and
+    fakes are changed alike, so the generators need not draw the changes (Karras et al. 2020,
+    section 2.2; Zhao et al. 2020). Colors may leave [-1, 1] a little. The result is float32 at
+    least.
     """
     if not probability:
         return x
