@@ -52,6 +52,8 @@ def add(group, names: str, default, text: str, choices: str = "", **more) -> Non
         text += f" ({default})"
     if choices:
         more["choices"] = [more["type"](choice) for choice in choices.split()]
+    elif more.get("type") in (int, float):
+        more.setdefault("metavar", "N" if more["type"] is int else "X")
     group.add_argument(*names.split(), default=default, help=text, **more)
 
 
