@@ -85,7 +85,13 @@ def test_links_pictures_and_files_exist():
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            assert (path.parent / name).stat().st_size < 500_000, f"{path}: {name}"
+            name, _, anchor = name.partition("#")
+            target = path.parent / name if name else path
+            assert target.stat().st_size < 500_000, f"{path}: {name}"
+            if anchor:  # as GitHub names headings
+                titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+                assert anchor in anchors, f"{path}: {name}#{anchor}"
         for name in re.findall(r"`([\w./]+\.(?:py|md|html))`", text):
             places = (ROOT, ROOT / "lib", ROOT / "tools")
             found = any((place / name).exists() for place in places)
