@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import test
 import train
@@ -202,8 +202,35 @@ def test_committed_generators(tmp_path, monkeypatch):
     differ = np.abs(apple - orange).max(2) > 12
     errors, identity = np.abs(fake - orange), np.abs(apple - orange)
     assert errors[differ].mean() < 0.75 * identity[differ].mean() and errors[~differ].mean() < 4
-    sizes = [path.stat().st_size for path in (ROOT / "docs" / "apple2orange").glob("*.pth")]
-    assert len(sizes) == 2 and max(sizes) < 3e6
+
+
+def test_committed_maps(tmp_path, monkeypatch):
+    """The README's command, there and back: a drawn map becomes a dark photograph, and a map."""
+    drawn = Image.new("RGB", (128, 128), (232, 228, 225))
+    draw = ImageDraw.Draw(drawn)
+    for k in range(10, 128, 22):
+        draw.line((k, 0, k + 12, 127), fill="white", width=3)
+        draw.line((0, k, 127, k - 8), fill="white", width=3)
+    draw.rectangle((0, 84, 56, 127), fill=(163, 204, 255))  # water
+    drawn.save(tmp_path / "aerial.png")
+    (command,) = (c for c in commands(ROOT / "README.md") if "aerial.png" in c)
+    words = [*shlex.split(command)[2:], "--workdir", str(tmp_path)]
+    monkeypatch.chdir(ROOT)
+    for source, direction in (("aerial.png", "B2A"), ("outputs/A/aerial.png", "A2B")):
+        replaced = [word.replace("aerial.png", str(tmp_path / source)) for word in words]
+        assert test.main(test.parse_args([*replaced, "--direction", direction])) == 0
+    photo, back = (np.array(Image.open(tmp_path / f"outputs/{x}/aerial.png")) for x in "AB")
+    drawn = np.array(drawn, float)
+    assert photo.mean() < 90
+    flat = np.median(drawn, axis=(0, 1))
+    assert np.abs(back - drawn).mean() < 0.75 * np.abs(flat - drawn).mean()
+    assert np.abs(back[90:, :50] - drawn[90:, :50]).mean() < 30  # water is water again
+
+
+def test_committed_sizes():
+    """Both generators of each data set are small enough to be committed."""
+    sizes = [path.stat().st_size for path in (ROOT / "docs").glob("*/netG_*.pth")]
+    assert len(sizes) == 4 and max(sizes) < 3e6
 
 
 def test_refused_without_data(tmp_path):
