@@ -33,8 +33,6 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module="PIL|pydicom|rasterio")
     try:
         code = main(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()  # its threads must not outlive it
     except (UserError, RuntimeError) as error:
         if explain(error) is None:
             raise
@@ -43,6 +41,10 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
+    if dist.is_initialized():  # its threads may abort a process whose interpreter shuts down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)  # outside of try: there a traceback would keep data workers alive
 
 
