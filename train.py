@@ -28,7 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import datasets
 import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
-from lib.augment import augment
+from lib.augment import augment, disturb
 from lib.logger import Logger
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
@@ -135,7 +135,7 @@ class CycleGAN:
     def generator_loss(
         self,
         netG: nn.Module,
-        back: nn.Module,
+        back: Callable,
         netD: Callable,
         source: torch.Tensor,
         target: torch.Tensor,
@@ -186,9 +186,11 @@ class CycleGAN:
         First the generators against the frozen discriminator, then the discriminator against
         fakes old and new (section 4).
         """
-        score = lambda x: netD(augment(x, self.args.augment_D, buffer.random))
+        args = self.args
+        score = lambda x: netD(augment(x, args.augment_D, buffer.random))
+        way_back = lambda x: back(disturb(x, args.augment_cycle, buffer.random))
         netD.requires_grad_(False)
-        loss, parts, fake = self.generator_loss(netG, back, score, source, target, lambda_cyc)
+        loss, parts, fake = self.generator_loss(netG, way_back, score, source, target, lambda_cyc)
         grads = torch.autograd.grad(self.scaler.scale(loss), self.params_G)
         netD.requires_grad_(True)
         parts["D"] = self.discriminator_loss(score, target, buffer.query(fake))

@@ -1,7 +1,8 @@
-"""Random views of what the discriminators see, so that they cannot learn a small set by heart."""
+"""Random changes of what networks see: views for the discriminators, noise before the way back."""
 
 import math
 import random
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,3 +36,33 @@ def augment(x: torch.Tensor, probability: float, rng: random.Random) -> torch.Te
         saturation, contrast, brightness = x.new_tensor(colors).T.reshape(3, -1, 1, 1, 1)
         gray = y.mean(1, keepdim=True)  # (N, 1, H, W)
         return (gray + (y - gray) * saturation) * contrast + brightness
+
+
+def disturb(x: torch.Tensor, strength: float, rng: random.Random) -> torch.Tensor:
+    """Add noise of several sizes, more here and less there, to pictures (N, C, H, W) in [-1, 1].
+
+    Contrast and brightness change a little too. The translations of a generator are smoother than
+    real pictures: what learns from them to translate back would take that for a sign (a flat area
+    for a park). Noise in the input of back-translation: Lample et al. 2018; random textures: domain
+    randomization, Tobin et al. 2017. The result is within [-1, 1] and float32 at least.
+    """
+    if not strength:
+        return x
+    generator = torch.Generator(x.device).manual_seed(rng.getrandbits(63))
+
+    def draw(function: Callable, c: int, h: int = 1, w: int = 1) -> torch.Tensor:  # (N, c, h, w)
+        return function(len(x), c, h, w, generator=generator, device=x.device)
+
+    def smooth(c: int, h: int, w: int) -> torch.Tensor:  # (N, c, H, W)
+        return F.interpolate(draw(torch.randn, c, h, w), x.shape[2:], mode="bicubic")
+
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    for size in (1, 2, 4, 8):  # of a grain, in pixels
+        grid = [max(1, side // size) for side in x.shape[2:]]
+        grains = smooth(1, *grid) + smooth(x.shape[1], *grid) / 4  # more gray than colored
+        on = draw(torch.rand, 1) < 0.5
+        amount = strength * on * draw(torch.rand, 1).square() * (2 * smooth(1, 6, 6)).sigmoid()
+        y = y + 1.5 * amount * grains
+    change = 0.3 * strength * (2 * draw(torch.rand, 2) - 1)
+    contrast, brightness = change.chunk(2, dim=1)  # (N, 1, 1, 1)
+    return ((1 + contrast) * y + brightness).clamp(-1, 1)

@@ -38,7 +38,7 @@ RANGES = {  # low <= value < high
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
     "lambda_id init_gain": (0, math.inf),
-    "augment_D ema beta1 beta2 half_size": (0, 1),
+    "augment_D augment_cycle ema beta1 beta2 half_size": (0, 1),
 }
 
 
@@ -102,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--lambda_id", 5.0, "weight of the identity loss; 0: not computed")
     add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
     add(g, "--augment_D", 0.0, "chance that D sees a picture warped; 0.7: long runs, few pictures")
+    add(g, "--augment_cycle", 0.0, "strength of noise before the way back; 0.2: maps")
     add(g, "--pool_size", 50, "fakes kept for each discriminator; 0: none")
     add(g, "--ema", 0.998, "moving average of the generators' weights; 0: none")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import datasets
 import train
 from lib import metrics, options, translation, validation
-from lib.augment import augment
+from lib.augment import augment, disturb
 from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
 from lib.schedule import lr_factor
@@ -386,6 +386,45 @@ def test_augment_changes_a_share_of_the_pictures_with_gradients_and_no_other_pre
     y.sum().backward()
     assert (x.grad.amax((1, 2, 3)) > 0).all()
     assert augment(x, 0.0, random.Random(0)) is x
+
+
+def test_disturb_adds_noise_to_each_picture_with_gradients_and_no_other_precision():
+    flat = torch.zeros(64, 3, 24, 40, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = disturb(flat, 0.4, random.Random(0))
+    assert torch.equal(y, disturb(flat, 0.4, random.Random(0)))
+    assert not torch.equal(y, disturb(flat, 0.4, random.Random(1)))
+    assert y.dtype == torch.float32 and y.shape == flat.shape and y.abs().max() == 1
+    amounts = y.std((1, 2, 3))
+    assert (amounts > 0.3).any() and (amounts < 0.05).any() and 0.05 < amounts.mean() < 0.4
+    weak = disturb(flat, 0.1, random.Random(0)).std((1, 2, 3))
+    assert (
+        4 * weak > 0.85 * amounts - 1e-6
+    ).all() and weak.mean() > 0.01  # but for contrast, clamp
+    places = y.reshape(64, 3, 4, 6, 4, 10).std((1, 3, 5)).flatten(1)[amounts > 0.05]
+    assert (places.amax(1) > 2 * places.amin(1)).float().mean() > 0.8  # more here and less there
+    grains = (y - F.avg_pool2d(F.pad(y, [2] * 4, mode="reflect"), 5, 1)).std((1, 2, 3))
+    share = grains[amounts > 0.05] / amounts[amounts > 0.05]
+    assert share.min() < 0.5 and share.max() > 0.9  # coarse and fine
+    y.sum().backward()
+    assert (flat.grad.amax((1, 2, 3)) > 0.8).all()
+    assert disturb(flat, 0.0, random.Random(0)) is flat
+
+
+@pytest.mark.parametrize("strength", ["0", "0.5"])
+def test_second_generator_alone_sees_disturbed_pictures(strength):
+    model = CycleGAN(tiny("--augment_cycle", strength, "--pool_size", "0"), CPU)
+    seen = {name: [] for name in ("netG_A2B", "netG_B2A", "netD_A", "netD_B")}
+    for name, inputs in seen.items():
+        note = lambda net, x, y, inputs=inputs: inputs.append(x[0].detach())
+        model.networks()[name].register_forward_hook(note)
+    A, B = pictures()
+    model.step([(A, B)])
+    # what is not in one batch with other pictures: the fakes, for D and for the second generator
+    alone = {name: next(x for x in inputs if len(x) == 2) for name, inputs in seen.items()}
+    pairs = (("netG_A2B", "netD_A"), ("netG_B2A", "netD_B"))
+    same = [torch.equal(alone[second], alone[netD]) for second, netD in pairs]
+    assert same == [strength == "0"] * 2
 
 
 @pytest.mark.parametrize("probability", ["0", "0.99"])

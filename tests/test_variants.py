@@ -175,7 +175,7 @@ VALUES = [
     "--pool_size 0",
     "--pool_size 1",
     "--lambda_A 3 --lambda_B 7",
-    "--detach_cycle --augment_D 0.7",
+    "--detach_cycle --augment_D 0.7 --augment_cycle 0.2",
     "--lambda_id 0",
     "--dropout",
     "--ema 0",
