@@ -1,6 +1,7 @@
 """What all scripts share: errors that are one sentence, files that are whole or not there."""
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -42,6 +43,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
         print("stopped", file=sys.stderr)
         code = 130
     if dist.is_initialized():  # its threads may abort a process whose interpreter shuts down
+        atexit._run_exitfuncs()  # as multiprocessing does: its temporary folders go
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
