@@ -2,10 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two share the cores
-
 import pytest
-import tiny
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two share the cores
 
 
 def pytest_addoption(parser):
@@ -15,6 +14,8 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def dataroot(tmp_path_factory):
     """A tiny data set, five pictures of A and four of B, that no test may change."""
+    import tiny  # with torch, which only the processes that run tests need
+
     return tiny.draw_set(tmp_path_factory.mktemp("data"))
 
 

@@ -33,6 +33,7 @@ from lib.weights import load_generator
 from utils import UserError
 
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node=2"
+FORKED_TORCHRUN = Path(__file__).with_name("forked_torchrun.py")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 
 
@@ -48,9 +49,11 @@ def start(*command, env=None, cwd=None, program=(sys.executable,)) -> subprocess
     )
 
 
-def torchrun(workdir: Path, options: str, launcher: str = "", env=None) -> subprocess.Popen:
+def torchrun(workdir: Path, options: str, launcher="", env=None, fork=False) -> subprocess.Popen:
+    """torchrun as it is typed, or with ranks that are forks of it, which start in no time."""
+    program = FORKED_TORCHRUN if fork else "-m torch.distributed.run"
     launcher = launcher or "--standalone --nproc_per_node=2"
-    command = f"-m torch.distributed.run {launcher} {ROOT}/train.py {TINY} --workdir {workdir}"
+    command = f"{program} {launcher} {ROOT}/train.py {TINY} --workdir {workdir}"
     return start(*command.split(), *options.split(), env=env)
 
 
@@ -64,16 +67,14 @@ def finish(process: subprocess.Popen, code: int = 0, seconds: float = 300) -> st
     return text
 
 
-def ranks_of(launcher: int) -> dict[int, int]:
-    """The process ids that a torchrun started, by rank."""
-    found = {}
+def ranks_of(launcher: int) -> list[int]:
+    """The process ids that a torchrun started, in their order."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = re.search(r"^PPid:\s+(\d+)", (folder / "status").read_text(), re.M)
-            rank = re.search(rb"\0RANK=(\d+)\0", (folder / "environ").read_bytes())
-            if rank and int(parent[1]) == launcher:
-                found[int(rank[1])] = int(folder.name)
-    return found
+            if f"\nPPid:\t{launcher}\n" in (folder / "status").read_text():
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
@@ -94,7 +95,7 @@ def wait_for_row(workdir: Path, process: subprocess.Popen, more: int = 1) -> Non
 
 def wait_for_others(launcher: subprocess.Popen, old: set[int]) -> None:
     """Wait until torchrun has started both ranks again."""
-    wait_for(lambda: len(set(ranks_of(launcher.pid).values()) - old) == 2, "new ranks")
+    wait_for(lambda: len(set(ranks_of(launcher.pid)) - old) == 2, "new ranks")
 
 
 # every rank has a buffer, dropout, and losses that are summed between two rows
@@ -132,14 +133,14 @@ def kill_ranks(whole: tuple, workdir: Path, kills: int, seed: int) -> None:
     """kill -9 of random ranks at random moments; torchrun starts all of them again."""
     data, wanted = whole
     launcher = f"--standalone --nproc_per_node=2 --max-restarts={kills}"
-    process = torchrun(workdir, f"--dataroot {data} {OPTIONS}", launcher)
+    process = torchrun(workdir, f"--dataroot {data} {OPTIONS}", launcher, fork=True)
     chosen = random.Random(seed)
     for _ in range(kills):
         wait_for_row(workdir, process, chosen.randrange(1, 3))
         time.sleep(chosen.uniform(0, 0.05))
         before = ranks_of(process.pid)
         os.kill(before[chosen.randrange(2)], signal.SIGKILL)
-        wait_for_others(process, set(before.values()))
+        wait_for_others(process, set(before))
     finish(process)
     assert differences(everything(wanted), everything(workdir)) == []
 
@@ -159,15 +160,15 @@ def test_killed_agent(whole, tmp_path):
     line += " --rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
     options = f"--dataroot {data} {OPTIONS} --resume auto"
     env = dict([variable.split("=")])
-    first = torchrun(tmp_path, options, line + "1", env)
-    second = torchrun(tmp_path, options, line + "0", env)
+    first = torchrun(tmp_path, options, line + "1", env, fork=True)
+    second = torchrun(tmp_path, options, line + "0", env, fork=True)
     wait_for_row(tmp_path, first, 2)
     ranks = ranks_of(second.pid)
     second.kill()
-    for pid in ranks.values():  # it must not go on alone, beside the one that takes its place
+    for pid in ranks:  # it must not go on alone, beside the one that takes its place
         wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "the end of its rank")
     second.communicate()
-    second = torchrun(tmp_path, options, line + "0", env)
+    second = torchrun(tmp_path, options, line + "0", env, fork=True)
     finish(first)
     finish(second)
     assert differences(everything(wanted), everything(tmp_path)) == []
@@ -176,7 +177,8 @@ def test_killed_agent(whole, tmp_path):
 @pytest.mark.parametrize("target", ["launcher", "rank 1"])
 def test_ranks_stop_together(target, dataroot, tmp_path):
     """SIGTERM stops both ranks after the same iteration; one process goes on with the run."""
-    process = torchrun(tmp_path, f"--dataroot {dataroot} --n_epochs 9000")
+    options = f"--dataroot {dataroot} --n_epochs 9000"
+    process = torchrun(tmp_path, options, fork=target != "launcher")
     wait_for_row(tmp_path, process, 3)
     pid = process.pid if target == "launcher" else ranks_of(process.pid)[1]
     os.kill(pid, signal.SIGTERM)
@@ -207,7 +209,7 @@ def test_two_ranks_are_one_large_batch(tmp_path):
     for letter in "AB":
         shutil.copytree(data / f"test{letter}", data / f"val{letter}")
     options = "--pool_size 0 --n_epochs 1 --decay_epoch 0 --eval_every 1"
-    finish(torchrun(tmp_path / "two", f"--dataroot {data} {options}"))
+    finish(torchrun(tmp_path / "two", f"--dataroot {data} {options}", fork=True))
     run(data, tmp_path / "one", options + " --batch_size 2")
     one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
     assert one["iteration"] == two["iteration"] == 1
@@ -234,19 +236,6 @@ def test_two_ranks_are_one_large_batch(tmp_path):
         assert shared[name] == [pytest.approx(alone[name], rel=5e-6)], name
 
 
-def test_stopped_and_typed_again(dataroot, tmp_path):
-    """A requeued job types the same line again: it starts, goes on, and ends like one run."""
-    assert run(dataroot, tmp_path / "whole", "--dropout --n_epochs 4") == 0
-    command = words(dataroot, tmp_path / "job", "--dropout --n_epochs 4 --resume auto")
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums, other bytes
-    process = start(f"{ROOT}/train.py", *command, env=threads)
-    wait_for_row(tmp_path / "job", process, 3)
-    process.terminate()
-    assert f"go on with --workdir {tmp_path / 'job'} --resume" in finish(process, 143)
-    finish(start(f"{ROOT}/train.py", *command, env=threads))
-    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "job")) == []
-
-
 STAND_INS = {  # for commands that only Slurm has
     "srun": 'echo $$ > srun.pid; exec "$@"',
     "scancel": "kill -TERM $(cat srun.pid)",
@@ -260,7 +249,7 @@ def test_slurm_script(dataroot, tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "torchrun").write_text(
-        f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "${{@//29500/0}}"\n'
+        f'#!/bin/bash\nexec {sys.executable} {FORKED_TORCHRUN} "${{@//29500/0}}"\n'
     )
     (tmp_path / "torchrun").chmod(0o755)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
