@@ -28,7 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import datasets
 import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
-from lib.augment import augment, disturb
+from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
@@ -180,17 +180,23 @@ class CycleGAN:
         mode = self.args.gan_mode
         return (gan_loss(real_score, True, mode) + gan_loss(fake_score, False, mode)) / 2
 
-    def direction(self, netG, back, netD, buffer, source, target, lambda_cyc) -> tuple:
+    def direction(self, name, netG, back, netD, buffer, source, target, lambda_cyc) -> tuple:
         """The losses of one direction, the parameters they train, and their gradients.
 
         First the generators against the frozen discriminator, then the discriminator against
-        fakes old and new (section 4).
+        fakes old and new (section 4). `--lambda_views_A2B` holds a generator to what its moving
+        average makes of the source turned and mirrored (mean teacher, Tarvainen & Valpola 2017).
         """
-        args = self.args
+        args, lambda_views = self.args, vars(self.args)[f"lambda_views_{name}"]
         score = lambda x: netD(augment(x, args.augment_D, buffer.random))
         way_back = lambda x: back(disturb(x, args.augment_cycle, buffer.random))
         netD.requires_grad_(False)
         loss, parts, fake = self.generator_loss(netG, way_back, score, source, target, lambda_cyc)
+        if lambda_views:
+            with self.autocast():
+                mean = mean_of_views(self.averages[f"netG_{name}"], source, buffer.random)
+            views = lambda_views * F.l1_loss(fake, mean)
+            loss, parts["G"] = loss + views / 2, parts["G"] + views
         grads = torch.autograd.grad(self.scaler.scale(loss), self.params_G)
         netD.requires_grad_(True)
         parts["D"] = self.discriminator_loss(score, target, buffer.query(fake))
@@ -209,8 +215,8 @@ class CycleGAN:
         A2B, B2A = (self.netG_A2B, self.netG_B2A), (self.netG_B2A, self.netG_A2B)
         for A, B in batches:
             directions = (
-                (*A2B, self.netD_B, self.buffer_B, A, B, args.lambda_A),
-                (*B2A, self.netD_A, self.buffer_A, B, A, args.lambda_B),
+                ("A2B", *A2B, self.netD_B, self.buffer_B, A, B, args.lambda_A),
+                ("B2A", *B2A, self.netD_A, self.buffer_A, B, A, args.lambda_B),
             )
             for one, params, grads in self.map(self.direction, *zip(*directions, strict=True)):
                 parts.append(one)

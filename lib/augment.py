@@ -1,4 +1,4 @@
-"""Random changes of what networks see: views for the discriminators, noise before the way back."""
+"""Random changes of what networks see: for discriminators, before the way back, for averages."""
 
 import math
 import random
@@ -66,3 +66,18 @@ def disturb(x: torch.Tensor, strength: float, rng: random.Random) -> torch.Tenso
     change = 0.3 * strength * (2 * draw(torch.rand, 2) - 1)
     contrast, brightness = change.chunk(2, dim=1)  # (N, 1, 1, 1)
     return ((1 + contrast) * y + brightness).clamp(-1, 1)
+
+
+@torch.no_grad()
+def mean_of_views(net: Callable, x: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Return the mean of what a network makes of four views of pictures (N, C, H, W), turned back.
+
+    They are the quarter turns, each mirrored or not. What holds for one view alone, such as a bend
+    in a street, fades in the mean (self-ensemble, Lim et al. 2017, section 3.3).
+    """
+    fakes = []
+    for turns in range(4):
+        mirror = [3] if rng.random() < 0.5 else []
+        y = net(torch.rot90(x.flip(mirror), turns, (2, 3)))
+        fakes.append(torch.rot90(y, -turns, (2, 3)).flip(mirror))
+    return sum(fakes) / 4

@@ -37,7 +37,7 @@ RANGES = {  # low <= value < high
     "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
-    "lambda_id init_gain": (0, math.inf),
+    "lambda_id lambda_views_A2B lambda_views_B2A init_gain": (0, math.inf),
     "augment_D augment_cycle ema beta1 beta2 half_size": (0, 1),
 }
 
@@ -103,6 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
     add(g, "--augment_D", 0.0, "chance that D sees a picture warped; 0.7: long runs, few pictures")
     add(g, "--augment_cycle", 0.0, "strength of noise before the way back; 0.2: maps")
+    add(g, "--lambda_views_A2B", 0.0, "weight of A -> B's distance from a mean of views; 100: maps")
+    add(g, "--lambda_views_B2A", 0.0, "the same for B -> A")
     add(g, "--pool_size", 50, "fakes kept for each discriminator; 0: none")
     add(g, "--ema", 0.998, "moving average of the generators' weights; 0: none")
 
@@ -222,6 +224,8 @@ def check_options(args: argparse.Namespace) -> None:
             f"the identity loss needs equal channels, but --input_nc is {channels[0]} and "
             f"--output_nc {channels[1]}: add --lambda_id 0"
         )
+    if (args.lambda_views_A2B or args.lambda_views_B2A) and not args.ema:
+        raise UserError("--lambda_views_A2B and --lambda_views_B2A need an average: --ema 0.998")
 
 
 def check_saved(args: argparse.Namespace, saved: dict) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import datasets
 import train
 from lib import metrics, options, translation, validation
-from lib.augment import augment, disturb
+from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
 from lib.schedule import lr_factor
@@ -424,6 +424,46 @@ def test_second_generator_alone_sees_disturbed_pictures(strength):
     pairs = (("netG_A2B", "netD_A"), ("netG_B2A", "netD_B"))
     same = [torch.equal(alone[second], alone[netD]) for second, netD in pairs]
     assert same == [strength == "0"] * 2
+
+
+def test_mean_of_views():
+    """Turned back: a network of single pixels makes the same of each; one of places does not."""
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.allclose(mean_of_views(lambda y: 2 * y, x, random.Random(0)), 2 * x)
+    shapes = []
+    places = lambda y: shapes.append(tuple(y.shape[2:])) or torch.arange(y.shape[3]) + 0 * y
+    mean = mean_of_views(places, x, random.Random(0))
+    assert shapes == [(8, 12), (12, 8), (8, 12), (12, 8)]
+    assert mean.shape == x.shape and mean.std((2, 3)).max() < torch.arange(12.0).std()
+    found = {mean_of_views(places, x, random.Random(seed))[0, 0, 0, 0].item() for seed in range(20)}
+    assert len(found) == 3  # of views two by two mirrored: both, one or none
+    assert not mean_of_views(torch.nn.Conv2d(3, 3, 1), x, random.Random(0)).requires_grad
+
+
+def test_a_generator_is_held_to_the_mean_of_views():
+    """Its gradient has that of L1 to what the average makes; the other direction's is as it was."""
+    A, B = pictures()
+
+    def step(weight: str) -> tuple:
+        model = CycleGAN(tiny("--lambda_views_A2B", weight, "--detach_cycle"), CPU)
+        for p in model.averages["netG_A2B"].parameters():
+            p.mul_(1.5)
+        rng = random.Random()
+        rng.setstate(model.buffer_B.random.getstate())
+        mean = mean_of_views(model.averages["netG_A2B"], A, rng)
+        views = 6 * F.l1_loss(model.netG_A2B(A), mean)
+        wanted = torch.autograd.grad(views / 2, model.netG_A2B.parameters())
+        directions = []
+        model.map = lambda *of: directions.extend(map(*of)) or directions
+        G = model.step([(A, B)])["G"]
+        return directions[0][2], directions[1][2], G, wanted, views.detach()
+
+    changed, other, G, wanted, views = step("6")
+    plain, same, before, *_ = step("0")
+    for a, b, grad in zip(changed, plain, wanted, strict=False):  # netG_A2B's are the first
+        assert torch.allclose(a - b, grad, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(other, same, strict=True))
+    assert (G - before).item() == pytest.approx(views.item() / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("probability", ["0", "0.99"])

@@ -59,7 +59,8 @@ RUNS = {
     "two workers": "--dropout --cache off --id_every 2 --workers 2",
     "small buffers": "--dropout --pool_size 2 --ema 0 --lr_policy cosine --size 48 --load_size 50 "
     "--half_size 0.5 --augment_D 0.5 --augment_cycle 0.5",
-    "accumulated": "--dropout --batch_size 2 --accumulate 2 --n_epochs 4 --pool_size 3",
+    "accumulated": "--dropout --batch_size 2 --accumulate 2 --n_epochs 4 --pool_size 3 "
+    "--lambda_views_A2B 5",
     "batch norm": "--norm batch --batch_size 2 --upsample nearest --gan_mode hinge",
 }
 
