@@ -729,6 +729,7 @@ def test_how_many_are_set_aside(tmp_path):
         ("--range_B 5 1", r"--range_B \[5.0, 1.0\]: LO must be below HI"),
         ("--keep_source --netG unet_256", "--keep_source needs a ResNet generator"),
         ("--norm mixed --netG unet_256", "--norm mixed needs a ResNet generator"),
+        ("--lambda_views_B2A 1 --ema 0", "--lambda_views_B2A need an average: --ema 0.998"),
         ("--keep_source --output_nc 1", "equal --input_nc, --output_nc"),
         ("--half_size 0.5 --preprocess none", "--half_size 0"),
     ],

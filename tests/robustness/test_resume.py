@@ -60,7 +60,7 @@ RUNS = {
     "small buffers": "--dropout --pool_size 2 --ema 0 --lr_policy cosine --size 48 --load_size 50 "
     "--half_size 0.5 --augment_D 0.5 --augment_cycle 0.5",
     "accumulated": "--dropout --batch_size 2 --accumulate 2 --n_epochs 4 --pool_size 3 "
-    "--lambda_views_A2B 5",
+    "--lambda_views_A2B 5 --lambda_views_B2A 5",
     "batch norm": "--norm batch --batch_size 2 --upsample nearest --gan_mode hinge",
 }
 
@@ -251,11 +251,12 @@ def start(command: list, **more) -> subprocess.Popen:
     )
 
 
-def wait_for(path: Path, lines: int) -> None:
+def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
     """Wait until a log has so many lines."""
     for _ in range(1200):
         if path.exists() and len(path.read_text().splitlines()) >= lines:
             return
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     raise AssertionError(f"{path} never had {lines} lines")
 
@@ -276,7 +277,7 @@ def test_signal(number, code, options, dataroot, tmp_path):
     """To the whole process group, as a terminal or a batch system sends it: workers get it too."""
     command = [ROOT / "train.py", *words(dataroot, tmp_path, f"--n_epochs 9000 {options}")]
     process = start(command, start_new_session=True)
-    wait_for(tmp_path / "logs" / "losses.csv", 4)
+    wait_for(tmp_path / "logs" / "losses.csv", 4, process)
     os.killpg(process.pid, number)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == code, told
@@ -326,44 +327,31 @@ def run_as_a_process(argv: list[str]) -> None:
     utils.run(train.main, train.parse_args(argv))
 
 
-def start_run(argv: list[str]) -> multiprocessing.Process:
-    """A process forked from one that has PyTorch loaded already, which saves seconds for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
+def start_run(context, argv: list[str]) -> multiprocessing.Process:
     process = context.Process(target=run_as_a_process, args=(argv,))
     process.start()
     return process
 
 
-def test_stopped_and_typed_again(dataroot, tmp_path):
-    """A requeued job types the same line again: it starts, goes on, and ends like one run."""
-    assert run(dataroot, tmp_path / "whole", "--dropout --n_epochs 4") == 0
-    command = words(dataroot, tmp_path / "job", "--dropout --n_epochs 4 --resume auto")
-    process = start_run(command)
-    wait_for(tmp_path / "job" / "logs" / "losses.csv", 4)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 143
-    process = start_run(command)
-    process.join()
-    assert process.exitcode == 0
-    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "job")) == []
-
-
 def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
     """Kill one run so often, at random moments, each time going on with it; then let it end.
 
-    It saves after each iteration, so that many kills come while files are being written.
+    It saves after each iteration, so that many kills come while files are being written. The
+    processes are forked from one that has PyTorch loaded already, which saves seconds for each.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
     dataroot = draw_set(folder / "data", 50, 10)
     options = f"--dropout --pool_size 4 --n_epochs {n_epochs}"
     whole, workdir = folder / "whole", folder / "killed"
-    process = start_run(words(dataroot, whole, options))  # also starts the server
+    process = start_run(context, words(dataroot, whole, options))  # also starts the server
     process.join()
     assert process.exitcode == 0
     options += " --save_minutes 0 --sample_every 7"
     began = time.time()
-    process = start_run(words(draw_set(folder / "few", 1, 1), folder / "short", "--n_epochs 1"))
+    process = start_run(
+        context, words(draw_set(folder / "few", 1, 1), folder / "short", "--n_epochs 1")
+    )
     process.join()
     start_up = time.time() - began
 
@@ -373,7 +361,7 @@ def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
     while counts["kills"] < kills:
         begun = any(models.glob("train_state*.pth"))
         argv = ["--workdir", str(workdir), "--resume"] if begun else []
-        process = start_run(argv or words(dataroot, workdir, options))
+        process = start_run(context, argv or words(dataroot, workdir, options))
         process.join(rng.uniform(0, 1.5 * start_up) if counts["kills"] else 0.05)
         assert process.exitcode is None, f"the run ended after {counts['kills']} kills"
         os.kill(process.pid, signal.SIGKILL)
@@ -388,7 +376,7 @@ def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
         for path in models.glob("net*.pth"):
             utils.load_tensors(path)  # an exported file is there as a whole or not at all
     counts["seconds"] = round(time.time() - began)
-    process = start_run(["--workdir", str(workdir), "--resume", "--save_minutes", "10"])
+    process = start_run(context, ["--workdir", str(workdir), "--resume", "--save_minutes", "10"])
     process.join()
     assert process.exitcode == 0
     assert differences(outcome(whole), outcome(workdir)) == []
@@ -399,7 +387,7 @@ def kill_loop(folder: Path, kills: int, n_epochs: int) -> dict:
 
 
 def test_kill_short(tmp_path):
-    counts = kill_loop(tmp_path, kills=5, n_epochs=2)
+    counts = kill_loop(tmp_path, kills=5, n_epochs=3)
     assert counts["within the run"] >= 1
 
 
