@@ -83,7 +83,7 @@ class CycleGAN:
         options = {name: vars(args)[name] for name in names}
         self.netG_A2B = make_generator(args.netG, args.input_nc, args.output_nc, **options)
         self.netG_B2A = make_generator(args.netG, args.output_nc, args.input_nc, **options)
-        # channel norm in D too made all translations one even gray (docs/results.md)
+        # channel norm in D too made all translations one even gray (docs/experiments.md)
         norm_D = "instance" if args.norm in ("channel", "mixed") else args.norm
         options = {"netD": args.netD, "n_layers_D": args.n_layers_D, "norm": norm_D}
         self.netD_A = Discriminator(args.input_nc, args.ndf, **options)

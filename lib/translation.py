@@ -169,22 +169,28 @@ def translate_batch(
     The type of the results is `kind`; None: that of the pictures, but for colors, which are saved
     with 8 bits. With `joint` all share the statistics of instance norm, as if they were one
     picture. `views` is how many views of each are translated and averaged (self-ensemble, Lim et
-    al. 2017, section 3.3): 2, its mirror image too; 8, quarter turns of both too. `tile` is 0 for
-    one whole batch, the size of the tiles that they go through the network in, or None: tiles only
-    if the batch would not fit into memory. For `scratch` see `tiling.translate_pictures`.
+    al. 2017, section 3.3): 2, its mirror image too; 8, quarter turns of both too, and of each value
+    the mean of the middle four. `tile` is 0 for one whole batch, the size of the tiles that they go
+    through the network in, or None: tiles only if the batch would not fit into memory. For
+    `scratch` see `tiling.translate_pictures`.
     """
     shared = norms.share_norm(net) if joint else net
     if kind is None:
         colors = net.output_nc in (3, 4) and pictures[0].dtype != np.float32
         kind = np.uint8 if colors else pictures[0].dtype
     if views > 1:
-        how, means = {"joint": joint, "tile": tile, **scratch}, [0.0] * len(pictures)
+        how, made = {"joint": joint, "tile": tile, **scratch}, []
         for mirror, turns in itertools.product((1, -1), range(max(1, views // 2))):
             turned = [np.rot90(picture[:, ::mirror], turns) for picture in pictures]
             fakes = translate_batch(net, turned, device, dtype, np.float32, **how)
-            fakes = [np.rot90(fake, -turns)[:, ::mirror] / views for fake in fakes]
-            means = [mean + fake for mean, fake in zip(means, fakes, strict=True)]
-        return [datasets.to_array(datasets.to_tensor(mean), kind) for mean in means]
+            made.append([np.rot90(fake, -turns)[:, ::mirror] for fake in fakes])
+        middle = slice(views // 4, views - views // 4)  # outliers are no part of the mean
+        results = []
+        for fakes in zip(*made, strict=True):
+            rows = zip(*fakes, strict=True)  # row by row, so that no second copy is in memory
+            mean = np.stack([np.sort(row, axis=0)[middle].mean(0) for row in rows])  # (H, W, C)
+            results.append(datasets.to_array(datasets.to_tensor(mean), kind))
+        return results
     if tile := tiling.pick_tile(net, pictures, dtype, tile):
         groups = [pictures] if joint else [[picture] for picture in pictures]
         fakes = [tiling.translate_pictures(net, g, kind, tile, dtype, **scratch) for g in groups]
