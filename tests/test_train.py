@@ -568,7 +568,7 @@ def test_epochs_that_follow_from_other_options(dataroot, tmp_path):
     words = ["--dataroot", str(dataroot), "--workdir", str(tmp_path)]
     prepare = lambda more: train.prepare(train.parse_args([*words, *more.split()]), None)
     quick = prepare("--quick --batch_size 2")  # 1500 iterations, of five pictures
-    assert (quick.n_epochs, quick.options["n_epochs"], quick.decay_epoch) == (600, 600, 300)
+    assert (quick.n_epochs, quick.options["n_epochs"], quick.decay_epoch) == (600, 600, 420)
     assert prepare("--n_epochs 10 --half_size 0.7").decay_epoch == 7
 
 
