@@ -236,19 +236,6 @@ def test_two_ranks_are_one_large_batch(tmp_path):
         assert shared[name] == [pytest.approx(alone[name], rel=5e-6)], name
 
 
-def test_stopped_and_typed_again(dataroot, tmp_path):
-    """A requeued job types the same line again: it starts, goes on, and ends like one run."""
-    assert run(dataroot, tmp_path / "whole", "--dropout --n_epochs 4") == 0
-    command = words(dataroot, tmp_path / "job", "--dropout --n_epochs 4 --resume auto")
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums, other bytes
-    process = start(f"{ROOT}/train.py", *command, env=threads)
-    wait_for_row(tmp_path / "job", process, 3)
-    process.terminate()
-    assert f"go on with --workdir {tmp_path / 'job'} --resume" in finish(process, 143)
-    finish(start(f"{ROOT}/train.py", *command, env=threads))
-    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "job")) == []
-
-
 STAND_INS = {  # for commands that only Slurm has
     "srun": 'echo $$ > srun.pid; exec "$@"',
     "scancel": "kill -TERM $(cat srun.pid)",
