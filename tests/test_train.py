@@ -567,8 +567,8 @@ def test_presets_give_way_to_what_is_typed():
 def test_epochs_that_follow_from_other_options(dataroot, tmp_path):
     words = ["--dataroot", str(dataroot), "--workdir", str(tmp_path)]
     prepare = lambda more: train.prepare(train.parse_args([*words, *more.split()]), None)
-    quick = prepare("--quick --batch_size 2")  # 1500 iterations, of five pictures
-    assert (quick.n_epochs, quick.options["n_epochs"], quick.decay_epoch) == (600, 600, 420)
+    quick = prepare("--quick --batch_size 2")  # 1350 iterations, of five pictures
+    assert (quick.n_epochs, quick.options["n_epochs"], quick.decay_epoch) == (540, 540, 432)
     assert prepare("--n_epochs 10 --half_size 0.7").decay_epoch == 7
 
 
