@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: three share the cores
 
 
 def pytest_addoption(parser):
