@@ -9,7 +9,7 @@ from pathlib import Path
 from lib import devices
 from utils import UserError
 
-# photographs on two CPU cores in ten minutes; explicit options override every preset
+# photographs on two CPU cores in about ten minutes; explicit options override every preset
 KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
 QUICK = {"size": 128, "load_size": 172, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
 QUICK |= {"upsample": "nearest", "norm": "channel", "keep_source": True, **KEEP_SOURCE}

@@ -71,10 +71,11 @@ def undisturbed(dataroot: Path, options: str, folder: Path) -> dict:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_stopped_again_and_again(name, dataroot, tmp_path, stop_at):
-    """Stopped after each third iteration, at the end of an epoch too: the same bytes."""
+    """Stopped after each second iteration or so, at the ends of epochs too: the same bytes."""
     wanted = undisturbed(dataroot, RUNS[name], tmp_path / "whole")
     last = read_state(tmp_path / "whole")["iteration"]
-    stops = range(2, last, 3)
+    stops = [1, 2, 5, 7, 10, 14] if last == 15 else list(range(1, last))
+    stops = stops[1::2] if name == "two workers" else stops  # starting workers takes time
     workdir = tmp_path / "stopped"
     stop_at(stops[0])
     assert run(dataroot, workdir, RUNS[name]) == 143

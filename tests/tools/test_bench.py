@@ -136,6 +136,14 @@ def test_cases_are_measured_in_processes_of_their_own():
     assert bench.make_step.cache_info().currsize == 0
 
 
+def test_the_first_step_is_apart(monkeypatch):
+    """Then the median of the rounds over their steps, and the memory of the last."""
+    answers = iter([(9.0, 1), (2.0, 2), (8.0, 3), (4.0, 4)])
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(bench, "run_steps", lambda case, n: next(answers))
+    assert bench.measure([None], rounds=3, steps=2) == [(2.0, 9.0, 4)]
+
+
 def test_loader_is_measured(dataroot, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LOADER_SECONDS", 0.1)
     bench.main(bench.parse_args(["--data", str(dataroot), "--sizes", "32", "--device", "cpu"]))

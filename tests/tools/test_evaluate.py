@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 import urllib.error
 from pathlib import Path
@@ -308,8 +309,11 @@ def test_bad_inception_files_are_refused(tmp_path, monkeypatch):
 
 
 def test_no_translations_yet(tmp_path):
-    with pytest.raises(UserError, match="run `python test.py` first"):
-        run(tmp_path)
+    command = [sys.executable, "-m", "tools.evaluate", "--workdir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "run `python test.py` first" in done.stderr
+    assert done.stderr.count("\n") == 1
     folder = make_run(tmp_path / "run")
     (folder / "outputs/index.csv").write_text("direction,source\nA2B,x\n")
     with pytest.raises(UserError, match="index.csv is damaged .*run `python test.py` again"):
