@@ -56,6 +56,17 @@ def gan_loss(score: torch.Tensor, real: bool, mode: str, generator: bool = False
     return F.mse_loss(score, target) if mode == "lsgan" else F.l1_loss(score, target)
 
 
+def unchanged(fake: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """1 where pictures (N, C, H, W) in [-1, 1] differ by less than 8 of 255, else 0: (N, 1, H, W).
+
+    What differs is closed (dilated, then eroded, by a 32nd of the width): a highlight in the
+    middle of something that changes is part of it.
+    """
+    changed = ((fake - source).abs().mean(1, keepdim=True) > 8 / 127.5).float()
+    k = source.shape[-1] // 32 * 2 + 1
+    return 1 + F.max_pool2d(-F.max_pool2d(changed, k, 1, k // 2), k, 1, k // 2)
+
+
 def map_for(args, device: torch.device, dtype: torch.dtype | None) -> Callable:
     """The `map` that calls both directions: on a CPU in two threads, each with half of the cores.
 
@@ -93,8 +104,9 @@ class CycleGAN:
             net.to(device, memory_format=self.layout)
         torch.manual_seed(args.seed + rank)  # the same weights, but each rank its own dropout
         self.averages = copy.deepcopy(self.generators()) if args.ema else {}
-        for average in self.averages.values():
-            average.requires_grad_(False).eval()
+        self.initial = copy.deepcopy(self.generators()) if args.lambda_keep else {}
+        for net in (*self.averages.values(), *self.initial.values()):
+            net.requires_grad_(False).eval()
         if args.compile:
             for net in self.networks().values():
                 net.compile(dynamic=False)  # in place: the names of the weights stay
@@ -185,7 +197,9 @@ class CycleGAN:
 
         First the generators against the frozen discriminator, then the discriminator against
         fakes old and new (section 4). `--lambda_views_A2B` holds a generator to what its moving
-        average makes of the source turned and mirrored (mean teacher, Tarvainen & Valpola 2017).
+        average makes of the source turned and mirrored (mean teacher, Tarvainen & Valpola 2017),
+        `--lambda_keep` to the source where the generator that the run began with leaves it as it
+        is: what a short run keeps a long one would change, to show what discriminators know.
         """
         args, lambda_views = self.args, vars(self.args)[f"lambda_views_{name}"]
         score = lambda x: netD(augment(x, args.augment_D, buffer.random))
@@ -197,6 +211,11 @@ class CycleGAN:
                 mean = mean_of_views(self.averages[f"netG_{name}"], source, buffer.random)
             views = lambda_views * F.l1_loss(fake, mean)
             loss, parts["G"] = loss + views / 2, parts["G"] + views
+        if args.lambda_keep:
+            with torch.no_grad(), self.autocast():
+                mask = unchanged(self.initial[f"netG_{name}"](source), source)
+            keep = args.lambda_keep * (mask * (fake - source).abs()).mean()
+            loss, parts["G"] = loss + keep / 2, parts["G"] + keep
         grads = torch.autograd.grad(self.scaler.scale(loss), self.params_G)
         netD.requires_grad_(True)
         parts["D"] = self.discriminator_loss(score, target, buffer.query(fake))
@@ -286,6 +305,7 @@ class CycleGAN:
     def parts(self) -> dict:
         """All that has a state and is the same on every rank, by its name in a checkpoint."""
         averages = {f"{name}_ema": net for name, net in self.averages.items()}
+        averages |= {f"{name}_initial": net for name, net in self.initial.items()}
         parts = {"optimizer_G": self.optimizer_G, "optimizer_D": self.optimizer_D}
         return {**self.networks(), **averages, **parts, "scaler": self.scaler}
 
@@ -442,6 +462,11 @@ def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
     if args.decay_epoch is None:
         args.decay_epoch = int(args.n_epochs * max(0.5, args.half_size))
     check_options(args)
+    if args.lambda_keep and saved is None and not args.init_from:
+        raise UserError(
+            "--lambda_keep keeps what trained generators keep: add --init_from FOLDER, or give it "
+            "to the --resume of a run"
+        )
     for split in ("trainA", "trainB"):
         datasets.find_split(args.dataroot, split)
     for name in FOLDERS:

@@ -157,7 +157,8 @@ def restore(model, state: dict) -> None:
     """
     try:
         for name, part in model.parts().items():
-            saved = state[name if name in state else name.removesuffix("_ema")]  # --ema may be new
+            net = name.removesuffix("_ema").removesuffix("_initial")  # --ema, --lambda_keep: new?
+            saved = state[next(key for key in (name, f"{net}_ema", net) if key in state)]
             if isinstance(part, torch.optim.Optimizer):
                 load_optimizer(part, saved)
             elif saved:  # that of the scaler is empty if the run was not in fp16 until now

@@ -37,7 +37,7 @@ RANGES = {  # low <= value < high
     "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
-    "lambda_id lambda_views_A2B lambda_views_B2A init_gain": (0, math.inf),
+    "lambda_id lambda_keep lambda_views_A2B lambda_views_B2A init_gain": (0, math.inf),
     "augment_D augment_cycle ema beta1 beta2 half_size": (0, 1),
 }
 
@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--detach_cycle", False, "the cycle loss trains the second of its two generators alone")
     add(g, "--lambda_id", 5.0, "weight of the identity loss; 0: not computed")
     add(g, "--id_every", 1, "identity loss every K-th iteration, with K times the weight")
+    add(g, "--lambda_keep", 0.0, "weight of keeping what --init_from's generators keep; 10: photos")
     add(g, "--augment_D", 0.0, "chance that D sees a picture warped; 0.7: long runs, few pictures")
     add(g, "--augment_cycle", 0.0, "strength of noise before the way back; 0.2: maps")
     add(g, "--lambda_views_A2B", 0.0, "weight of A -> B's distance from a mean of views; 100: maps")
@@ -217,6 +218,8 @@ def check_options(args: argparse.Namespace) -> None:
             )
     if args.keep_source and (multiple > 4 or channels[0] != channels[1]):
         raise UserError("--keep_source needs a ResNet generator and equal --input_nc, --output_nc")
+    if args.lambda_keep > 0 and channels[0] != channels[1]:
+        raise UserError("--lambda_keep needs equal --input_nc and --output_nc")
     if args.norm == "mixed" and multiple > 4:
         raise UserError("--norm mixed needs a ResNet generator")
     if args.lambda_id > 0 and channels[0] != channels[1]:

@@ -158,8 +158,9 @@ def load_initial(folder: Path, model) -> None:
         weights = processes.on_main(read)
         if weights is not None:
             net.load_state_dict(weights)
-            if name in model.averages:
-                model.averages[name].load_state_dict(weights)
+            for copies in (model.averages, model.initial):
+                if name in copies:
+                    copies[name].load_state_dict(weights)
 
 
 def read_initial(folder: Path, name: str, net, keep_source: bool) -> dict | None:

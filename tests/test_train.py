@@ -22,7 +22,7 @@ from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
 from lib.schedule import lr_factor
 from tools.bench import Plain
-from train import CycleGAN, gan_loss
+from train import CycleGAN, gan_loss, unchanged
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -440,30 +440,54 @@ def test_mean_of_views():
     assert not mean_of_views(torch.nn.Conv2d(3, 3, 1), x, random.Random(0)).requires_grad
 
 
-def test_a_generator_is_held_to_the_mean_of_views():
-    """Its gradient has that of L1 to what the average makes; the other direction's is as it was."""
+def test_unchanged():
+    """1 but where the mean over channels differs by 8 of 255; holes are filled, edges stay."""
+    source = torch.zeros(1, 3, 48, 64)
+    fake = source.clone()
+    fake[:, :, 10:30, 20:40] = 8.5 / 127.5
+    fake[:, :, 15:18, 25:29] = 0  # a hole of 4 pixels: dilated by 2 it is closed
+    fake[:, :, 40:44, 50:] = 7.5 / 127.5
+    fake[:, 0, :8, :8] = 3 * 7.5 / 127.5
+    wanted = torch.ones(1, 1, 48, 64)
+    wanted[:, :, 10:30, 20:40] = 0
+    assert torch.equal(unchanged(fake, source), wanted)
+    fake[:, :, 15:20, 25:30] = 0  # one of 5 is not
+    wanted[:, :, 15:20, 25:30] = 1
+    assert torch.equal(unchanged(fake, source), wanted)
+    assert torch.equal(unchanged(source + 1, source), torch.zeros(1, 1, 48, 64))
+
+
+@pytest.mark.parametrize("option", ["lambda_views_A2B", "lambda_keep"])
+def test_what_a_generator_is_held_to(option):
+    """Its gradient has that of L1 to what the average makes, or to the source where it was kept."""
     A, B = pictures()
+    left_changed = lambda x: torch.cat([x[:, :, :, :16] + 1, x[:, :, :, 16:]], 3)
 
     def step(weight: str) -> tuple:
-        model = CycleGAN(tiny("--lambda_views_A2B", weight, "--detach_cycle"), CPU)
+        model = CycleGAN(tiny(f"--{option}", weight, "--detach_cycle"), CPU)
         for p in model.averages["netG_A2B"].parameters():
             p.mul_(1.5)
-        rng = random.Random()
+        model.initial = dict.fromkeys(model.initial, left_changed)
+        netG, rng = model.netG_A2B, random.Random()
         rng.setstate(model.buffer_B.random.getstate())
-        mean = mean_of_views(model.averages["netG_A2B"], A, rng)
-        views = 6 * F.l1_loss(model.netG_A2B(A), mean)
-        wanted = torch.autograd.grad(views / 2, model.netG_A2B.parameters())
+        if option == "lambda_keep":
+            loss = 6 * (netG(A) - A)[:, :, :, 16:].abs().mean() / 2
+        else:
+            loss = 6 * F.l1_loss(netG(A), mean_of_views(model.averages["netG_A2B"], A, rng))
+        wanted = torch.autograd.grad(loss / 2, netG.parameters())
         directions = []
         model.map = lambda *of: directions.extend(map(*of)) or directions
         G = model.step([(A, B)])["G"]
-        return directions[0][2], directions[1][2], G, wanted, views.detach()
+        return directions[0][2], directions[1][2], G, wanted, loss.detach()
 
-    changed, other, G, wanted, views = step("6")
+    changed, other, G, wanted, loss = step("6")
     plain, same, before, *_ = step("0")
     for a, b, grad in zip(changed, plain, wanted, strict=False):  # netG_A2B's are the first
         assert torch.allclose(a - b, grad, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(other, same, strict=True))
-    assert (G - before).item() == pytest.approx(views.item() / 2, rel=1e-4)
+    as_it_was = all(torch.equal(a, b) for a, b in zip(other, same, strict=True))
+    assert as_it_was == (option == "lambda_views_A2B")  # lambda_keep is for both
+    if as_it_was:
+        assert (G - before).item() == pytest.approx(loss.item() / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("probability", ["0", "0.99"])
@@ -729,6 +753,9 @@ def test_how_many_are_set_aside(tmp_path):
         ("--range_B 5 1", r"--range_B \[5.0, 1.0\]: LO must be below HI"),
         ("--keep_source --netG unet_256", "--keep_source needs a ResNet generator"),
         ("--norm mixed --netG unet_256", "--norm mixed needs a ResNet generator"),
+        ("--lambda_keep -1", "--lambda_keep is -1"),
+        ("--lambda_keep 1", "--lambda_keep keeps what trained generators keep: add --init_from"),
+        ("--lambda_keep 1 --init_from x --output_nc 1", "--lambda_keep needs equal --input_nc"),
         ("--lambda_views_B2A 1 --ema 0", "--lambda_views_B2A need an average: --ema 0.998"),
         ("--keep_source --output_nc 1", "equal --input_nc, --output_nc"),
         ("--half_size 0.5 --preprocess none", "--half_size 0"),

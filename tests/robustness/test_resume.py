@@ -193,6 +193,34 @@ def test_longer_run(dataroot, tmp_path, capsys):
     assert differences(wanted, outcome(tmp_path / "two")) == []
 
 
+@pytest.mark.parametrize("way", ["--init_from", "--resume"])
+def test_what_the_first_generators_keep(way, dataroot, tmp_path, stop_at):
+    """`--lambda_keep` knows them after any number of stops; the averages, if the run goes on."""
+    old = tmp_path / "old"
+    assert run(dataroot, old, "--n_epochs 1") == 0
+    outcomes = []
+    for name, stops in (("whole", []), ("stopped", [(143, 6), (143, 9)])):
+        workdir = tmp_path / name
+        more = "--lambda_keep 5 --n_epochs 3"
+        if way == "--resume":
+            copy_run(old, workdir)
+            start = lambda workdir=workdir, more=more: resume(workdir, more)
+        else:
+            more += f" --init_from {old / 'models'}"
+            start = lambda workdir=workdir, more=more: run(dataroot, workdir, more)
+        for code, stop in stops:
+            stop_at(stop)
+            assert start() == code
+            start = lambda workdir=workdir: resume(workdir)
+        assert start() == 0
+        outcomes.append(outcome(workdir))
+        first = read_state(workdir)["netG_A2B_initial"]
+        kept = "netG_A2B_ema" if way == "--resume" else "netG_A2B"
+        for key, value in utils.load_tensors(old / "models" / f"{kept}.pth").items():
+            assert torch.equal(first[key], value), key
+    assert differences(*outcomes) == []
+
+
 def test_other_batch_size(dataroot, tmp_path, stop_at):
     """Three of an epoch's five samples were seen, one at a time; two are left for one batch."""
     stop_at(3)
