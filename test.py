@@ -6,17 +6,19 @@ python test.py --weights horse2zebra.pth --input photos/     published weights
 """
 
 import argparse
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import datasets
 import utils
-from lib import devices, formats, metrics, outputs, processes, stacks, tiling
+from lib import devices, formats, masks, metrics, outputs, processes, stacks, tiling
 from lib import translation as tr
 from lib.weights import load_generator
 from utils import UserError
@@ -31,7 +33,7 @@ def find_sources(
         UserError: a folder is missing or holds no picture.
     """
     if not args.input:
-        root = args.dataroot or Path(options.get("dataroot", "dataset/apple2orange"))
+        root = tr.find_root(args.dataroot, options)
         source, target = (tr.find_split(root, "test", direction[i], options) for i in (0, -1))
         return source, tr.find_pairs(source, target)
     if not args.input.exists():
@@ -44,14 +46,31 @@ def find_sources(
     return args.input, [(args.input / name, None) for name in names]
 
 
+def read_colors(args, direction: str, options: dict, plain_rgb: bool) -> torch.Tensor | None:
+    """Return the `masks.log_density` of the target's training pictures; None: not asked for.
+
+    Raises:
+        UserError: they are missing, or what is translated is not `plain_rgb`.
+    """
+    if not args.keep_colors:
+        return None
+    if not plain_rgb:
+        raise UserError("--keep_colors is for RGB pictures of 8 bits: leave it out")
+    folder = tr.find_split(tr.find_root(args.dataroot, options), "train", direction[-1], options)
+    names = datasets.list_images(folder)
+    paths = [folder / name for name in names[:: math.ceil(len(names) / 500)]]  # enough of them
+    pictures = (tr.load_truth(path, np.zeros((128, 128, 3), np.uint8)) for path in paths)
+    return masks.log_density(picture for picture in pictures if picture is not None)
+
+
 def translate_pictures(
-    args, rows: list, compared: list, bar: str | None, net, back, options: dict, how: dict
+    args, rows: list, compared: list, bar: str | None, net, back, colors, options: dict, how: dict
 ) -> tuple[dict[outputs.Translation, str], np.ndarray]:
     """Write the translations of plain pictures, and comparisons of those that are in `compared`.
 
-    `back` is the generator of the other direction, or None; `options` are the run's; for `how` see
-    `tr.translate_batch`. Returns why some sources could not be read, and the sums of
-    `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
+    `back` is the generator of the other direction, or None, `colors` a `masks.log_density` or None;
+    `options` are the run's; for `how` see `tr.translate_batch`. Returns why some sources could not
+    be read, and the sums of `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
     """
     folder, paths = args.workdir / "outputs", [Path(row.source) for row in rows]
     load = lambda path: tr.prepare(path, net.input_nc, options, size=args.size)
@@ -63,6 +82,8 @@ def translate_pictures(
             if fake is None:
                 failed[row] = source
                 continue
+            if colors is not None:
+                fake = masks.keep_colors(fake, source, colors)
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
             saving.append(pool.submit(formats.save_array, folder / row.output, fake))
@@ -99,11 +120,13 @@ def translate_direction(
     for parent in {(args.workdir / "outputs" / row.output).parent for row in rows}:
         utils.make_folder(parent)
     in_units = {row: any(ranges) or row.output.endswith(formats.STACKED) for row in rows}
+    plain_rgb = net.input_nc == net.output_nc == 3 and not any(in_units.values())
+    colors = read_colors(args, direction, options, plain_rgb)
     plain = processes.share([row for row in rows if not in_units[row]])
     groups = processes.share(stacks.group_rows([row for row in rows if in_units[row]]))
     shown = rows[: args.compare], direction if rank == 0 else None
     note = f"{weights.name} (CycleGAN)"
-    failed, sums = translate_pictures(args, plain, *shown, net, back, options, how)
+    failed, sums = translate_pictures(args, plain, *shown, net, back, colors, options, how)
     failed |= stacks.translate_stacks(args, groups, *shown, net, ranges, options, note, how)
     parts = [(failed, sums)] * world_size
     if world_size > 1:
@@ -139,6 +162,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--compare", type=int, default=8, help="comparison pictures in result/ (8)")
     views_help = "average over views: 2, the mirror image too; 8, quarter turns too (1)"
     group.add_argument("--views", type=int, choices=[1, 2, 8], default=1, help=views_help)
+    colors_help = "keep the source where its new colors are rarer in the target's training set"
+    group.add_argument("--keep_colors", action="store_true", help=colors_help)
     tiling.add_options(parser)
     stacks.add_options(parser)
     group = tr.add_model_options(parser)

@@ -30,6 +30,7 @@ import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger
+from lib.masks import unchanged
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
 from models import Discriminator, init_weights, make_generator
@@ -54,17 +55,6 @@ def gan_loss(score: torch.Tensor, real: bool, mode: str, generator: bool = False
     if mode == "vanilla":
         return F.binary_cross_entropy_with_logits(score, target)
     return F.mse_loss(score, target) if mode == "lsgan" else F.l1_loss(score, target)
-
-
-def unchanged(fake: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """1 where pictures (N, C, H, W) in [-1, 1] differ by less than 8 of 255, else 0: (N, 1, H, W).
-
-    What differs is closed (dilated, then eroded, by a 32nd of the width): a highlight in the
-    middle of something that changes is part of it.
-    """
-    changed = ((fake - source).abs().mean(1, keepdim=True) > 8 / 127.5).float()
-    k = source.shape[-1] // 32 * 2 + 1
-    return 1 + F.max_pool2d(-F.max_pool2d(changed, k, 1, k // 2), k, 1, k // 2)
 
 
 def map_for(args, device: torch.device, dtype: torch.dtype | None) -> Callable:

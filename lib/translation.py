@@ -68,6 +68,11 @@ def domain_names(options: dict) -> dict[str, str]:
     return dict(zip(swap("AB", options), names, strict=True))
 
 
+def find_root(dataroot: Path | None, options: dict) -> Path:
+    """Return the data set that is asked for, else that of the run."""
+    return dataroot or Path(options.get("dataroot", "dataset/apple2orange"))
+
+
 def find_split(dataroot: Path, split: str, domain: str, options: dict) -> Path:
     """Return the folder of a run's domain A or B in a split (train, val, test); see datasets."""
     return datasets.find_split(dataroot, split + swap(domain, options))

@@ -10,8 +10,9 @@ from PIL import Image
 
 import datasets
 import test as test_script  # or pytest would collect it
-from lib import metrics, outputs, translation, validation
+from lib import masks, metrics, outputs, translation, validation
 from lib.outputs import Translation
+from lib.weights import load_generator
 from models import Generator, init_weights, translate
 from utils import UserError
 
@@ -49,6 +50,41 @@ def draw(path: Path, seed: int, height: int, width: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------
 # test.py
+
+
+def test_keep_colors(models, tmp_path, monkeypatch):
+    """Each direction by what its target's training pictures have; one that is damaged is left."""
+    seen = {}
+    for seed, split in enumerate(("trainA", "trainB", "testA", "testB")):
+        pixels = draw(tmp_path / "set" / split / "x.png", seed, 128, 128)
+        if split.startswith("train"):
+            seen["B2A" if split == "trainA" else "A2B"] = masks.log_density([pixels])
+            (tmp_path / "set" / split / "y.png").write_bytes(b"no picture")
+    rare = lambda fake, source, density: fake // 2 + source // 4 + (density is not None)
+    monkeypatch.setattr(masks, "keep_colors", rare)
+    given, density = [], masks.log_density
+    note = lambda pictures: given.append(density(pictures)) or given[-1]
+    monkeypatch.setattr(masks, "log_density", note)
+    assert run_test(tmp_path, models, "--dataroot", tmp_path / "set", "--keep_colors") == 0
+    assert all(torch.equal(a, b) for a, b in zip(given, (seen["A2B"], seen["B2A"]), strict=True))
+    net = load_generator(models / "netG_A2B.pth")
+    source = datasets.load_image(tmp_path / "set/testA/x.png", 3)
+    wanted = rare(plain(net, source), source, given[0])
+    assert np.array_equal(datasets.load_image(tmp_path / "outputs/B/x.png", 3), wanted)
+
+
+def test_keep_colors_is_refused(models, tmp_path):
+    draw(tmp_path / "set/testA/x.png", 0, 32, 32)
+    words = ("--dataroot", tmp_path / "set", "--direction", "A2B", "--keep_colors")
+    (tmp_path / "set/testB").mkdir()
+    draw(tmp_path / "set/testB/x.png", 1, 32, 32)
+    with pytest.raises(UserError, match="there is no folder .*trainB"):
+        run_test(tmp_path, models, *words)
+    gray = tmp_path / "gray"
+    gray.mkdir()
+    torch.save(make_net(0, input_nc=1, output_nc=1).state_dict(), gray / "netG_A2B.pth")
+    with pytest.raises(UserError, match="--keep_colors is for RGB"):
+        run_test(tmp_path, gray, *words)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 44), (44, 40)])

@@ -1,0 +1,74 @@
+"""Where a source should stay as it is: what a generator keeps, colors that the target lacks."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import datasets
+
+BINS = 24  # of each of three channels
+SIDE = 256  # the longer one of the pictures that masks are made of
+WINDOW = 17  # pixels of it
+
+
+def close(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Close masks (N, 1, H, W) of 0 and 1: dilate, then erode, so that narrow holes are filled."""
+    dilated = F.max_pool2d(mask, width, 1, width // 2)
+    return -F.max_pool2d(-dilated, width, 1, width // 2)
+
+
+def unchanged(fake: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """1 where pictures (N, C, H, W) in [-1, 1] differ by less than 8 of 255, else 0: (N, 1, H, W).
+
+    What differs is closed by a 32nd of the width to both sides: a highlight in the middle of
+    something that changes is part of it.
+    """
+    changed = ((fake - source).abs().mean(1, keepdim=True) > 8 / 127.5).float()
+    return 1 - close(changed, source.shape[-1] // 32 * 2 + 1)
+
+
+def color_bins(x: torch.Tensor) -> torch.Tensor:
+    """The bins (N, H, W), from 0, that the colors of pictures (N, 3, H, W) in [-1, 1] are in."""
+    r, g, b = ((x + 1) * (BINS / 2)).long().clamp(0, BINS - 1).unbind(1)
+    return (r * BINS + g) * BINS + b
+
+
+def log_density(pictures: Iterable[np.ndarray]) -> torch.Tensor:
+    """The logarithm of how common each color is in pictures (H, W, 3): of 24^3 bins, smoothed.
+
+    Each pixel counts the same: give pictures of one size.
+    """
+    counts = torch.zeros(BINS**3)
+    for picture in pictures:
+        bins = color_bins(datasets.to_tensor(picture)[None])
+        counts += torch.bincount(bins.flatten(), minlength=BINS**3)
+    shares = (counts / counts.sum()).view(1, BINS, BINS, BINS)
+    for _ in range(3):
+        shares = F.avg_pool3d(shares, 3, 1, 1, count_include_pad=False)
+    return (shares + 1e-8).log().flatten()
+
+
+def keep_colors(fake: np.ndarray, source: np.ndarray, density: torch.Tensor) -> np.ndarray:
+    """A translation (H, W, 3), but the source where it has colors that the target hardly has.
+
+    `density` is the `log_density` of pictures of the target. Where what changes within a 16th of
+    the picture becomes rarer there, on average, it is no translation but what the network makes of
+    things it has not seen: purple of brown, where orange became red. Source and fake are of one
+    size and type; the edges between them are soft.
+    """
+    x, y = (datasets.to_tensor(picture)[None] for picture in (source, fake))  # (1, 3, H, W)
+    scale = SIDE / max(x.shape[2:])
+    size = [max(1, round(side * scale)) for side in x.shape[2:]]
+    small = [F.interpolate(z, size, mode="bicubic", antialias=True).clamp(-1, 1) for z in (x, y)]
+    mean = lambda z, k: F.avg_pool2d(z, k, 1, k // 2, count_include_pad=False)
+    change = (small[1] - small[0]).abs().mean(1, keepdim=True)  # (1, 1, h, w)
+    before, after = (density[color_bins(z)][:, None] for z in small)
+    ratio = (after - before).clamp(-6, 6)
+    ratio = mean(ratio * (change + 1e-3), WINDOW) / mean(change + 1e-3, WINDOW)
+    changed = (change > 6 / 127.5).float()
+    likely = close(changed * (ratio > -0.5), WINDOW)
+    rare = F.max_pool2d(changed * (1 - likely), 9, 1, 4) * (1 - likely)  # 4 wider, for soft edges
+    rare = F.interpolate(mean(mean(rare, 5), 5), x.shape[2:], mode="bilinear")
+    return datasets.to_array((y + rare * (x - y))[0], fake.dtype)
