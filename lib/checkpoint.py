@@ -157,8 +157,9 @@ def restore(model, state: dict) -> None:
     """
     try:
         for name, part in model.parts().items():
-            net = name.removesuffix("_ema").removesuffix("_initial")  # --ema, --lambda_keep: new?
-            saved = state[next(key for key in (name, f"{net}_ema", net) if key in state)]
+            net = name.removesuffix("_ema").removesuffix("_initial")
+            others = () if name == net else (f"{net}_ema", net)  # --ema, --lambda_keep may be new
+            saved = state[next((key for key in (name, *others) if key in state), name)]
             if isinstance(part, torch.optim.Optimizer):
                 load_optimizer(part, saved)
             elif saved:  # that of the scaler is empty if the run was not in fp16 until now
