@@ -59,7 +59,8 @@ def read_colors(args, direction: str, options: dict, plain_rgb: bool) -> torch.T
     folder = tr.find_split(tr.find_root(args.dataroot, options), "train", direction[-1], options)
     names = datasets.list_images(folder)
     paths = [folder / name for name in names[:: math.ceil(len(names) / 500)]]  # enough of them
-    pictures = (tr.load_truth(path, np.zeros((128, 128, 3), np.uint8)) for path in paths)
+    small = np.empty((128, 128, 3))  # the size they are read in
+    pictures = (tr.load_truth(path, small) for path in paths)
     return masks.log_density(picture for picture in pictures if picture is not None)
 
 

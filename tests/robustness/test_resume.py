@@ -214,10 +214,11 @@ def test_what_the_first_generators_keep(way, dataroot, tmp_path, stop_at):
             start = lambda workdir=workdir: resume(workdir)
         assert start() == 0
         outcomes.append(outcome(workdir))
-        first = read_state(workdir)["netG_A2B_initial"]
-        kept = "netG_A2B_ema" if way == "--resume" else "netG_A2B"
-        for key, value in utils.load_tensors(old / "models" / f"{kept}.pth").items():
-            assert torch.equal(first[key], value), key
+        for name in ("netG_A2B", "netG_B2A"):
+            first = read_state(workdir)[f"{name}_initial"]
+            kept = f"{name}_ema" if way == "--resume" else name
+            for key, value in utils.load_tensors(old / "models" / f"{kept}.pth").items():
+                assert torch.equal(first[key], value), key
     assert differences(*outcomes) == []
 
 
