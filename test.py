@@ -47,21 +47,30 @@ def find_sources(
 
 
 def read_colors(args, direction: str, options: dict, plain_rgb: bool) -> torch.Tensor | None:
-    """Return the `masks.log_density` of the target's training pictures; None: not asked for.
+    """Return the `masks.log_density` of the target, None if it is not asked for.
+
+    It is beside the generators, or made of the training pictures in `--dataroot`.
 
     Raises:
-        UserError: they are missing, or what is translated is not `plain_rgb`.
+        UserError: neither is there, or what is translated is not `plain_rgb`.
     """
     if not args.keep_colors:
         return None
     if not plain_rgb:
         raise UserError("--keep_colors is for RGB pictures of 8 bits: leave it out")
+    saved = args.models / f"colors_{direction[-1]}.pth"
+    if saved.exists() and not args.weights:  # those may be of another run
+        return masks.load_colors(saved)
     folder = tr.find_split(tr.find_root(args.dataroot, options), "train", direction[-1], options)
     names = datasets.list_images(folder)
-    paths = [folder / name for name in names[:: math.ceil(len(names) / 500)]]  # enough of them
+    paths = [folder / name for name in names[:: math.ceil(len(names) / 200)]]  # enough of them
     small = np.empty((128, 128, 3))  # the size they are read in
-    pictures = (tr.load_truth(path, small) for path in paths)
-    return masks.log_density(picture for picture in pictures if picture is not None)
+    pictures = [picture for path in paths if (picture := tr.load_truth(path, small)) is not None]
+    if not pictures:
+        raise UserError(
+            f"--keep_colors needs pictures of the target, but none in {folder} can be read"
+        )
+    return masks.log_density(pictures)
 
 
 def translate_pictures(

@@ -30,7 +30,7 @@ import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger
-from lib.masks import unchanged
+from lib.masks import save_colors, unchanged
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
 from models import Discriminator, init_weights, make_generator
@@ -342,6 +342,8 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
         )
         if not epochs:
             log.print(f"all {args.n_epochs} epochs are done: a larger --n_epochs extends this run")
+        if rank == 0:
+            save_colors(args.workdir / "models", data)
         stopping, saved, began = 0, time.time(), time.time() - progress["seconds"]
         if not state:
             checkpoint.save(model, progress, writer)
@@ -430,6 +432,8 @@ def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> fl
     if model.rank == 0:
         folder = utils.make_folder(args.workdir / "models" / "best")
         checkpoint.export(folder, {k: net.state_dict() for k, net in nets.items()}, args.options)
+        for path in folder.parent.glob("colors_?.pth"):
+            utils.save_tensors(folder / path.name, utils.load_tensors(path))
     return score
 
 

@@ -1,12 +1,15 @@
 """Where a source should stay as it is: what a generator keeps, colors that the target lacks."""
 
+import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import datasets
+from utils import UserError, load_tensors, save_tensors
 
 BINS = 24  # of each of three channels
 SIDE = 256  # the longer one of the pictures that masks are made of
@@ -17,6 +20,15 @@ def close(mask: torch.Tensor, width: int) -> torch.Tensor:
     """Close masks (N, 1, H, W) of 0 and 1: dilate, then erode, so that narrow holes are filled."""
     dilated = F.max_pool2d(mask, width, 1, width // 2)
     return -F.max_pool2d(-dilated, width, 1, width // 2)
+
+
+def fill(mask: torch.Tensor) -> torch.Tensor:
+    """Fill the holes of masks (N, 1, H, W): zeros that no path of zeros joins to the border."""
+    outside, last = F.pad(torch.zeros_like(mask), (1, 1, 1, 1), value=1), None
+    inside = F.pad(mask, (1, 1, 1, 1))
+    while last is None or not torch.equal(outside, last):
+        last, outside = outside, F.max_pool2d(outside, 3, 1, 1) * (1 - inside)
+    return 1 - outside[:, :, 1:-1, 1:-1]
 
 
 def unchanged(fake: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -50,13 +62,38 @@ def log_density(pictures: Iterable[np.ndarray]) -> torch.Tensor:
     return (shares + 1e-8).log().flatten()
 
 
+def save_colors(folder: Path, data: datasets.UnpairedImages) -> None:
+    """Write the `log_density` of A and of B, of 200 pictures at most, to `colors_A.pth` and B.
+
+    Only of RGB pictures of 8 bits; otherwise old files are deleted.
+    """
+    for name, domain in (("A", data.A), ("B", data.B)):
+        path = folder / f"colors_{name}.pth"
+        if domain.first.dtype != torch.uint8 or len(domain.first) != 3:
+            path.unlink(missing_ok=True)
+            continue
+        chosen = range(0, len(domain), math.ceil(len(domain) / 200))
+        pictures = (domain[i].permute(1, 2, 0).numpy() for i in chosen)
+        density = log_density(datasets.resize(picture, (128, 128)) for picture in pictures)
+        save_tensors(path, {"log_density": density})
+
+
+def load_colors(path: Path) -> torch.Tensor:
+    """The `log_density` that `save_colors` wrote; UserError if the file holds none."""
+    density = load_tensors(path).get("log_density")
+    if not isinstance(density, torch.Tensor) or density.shape != (BINS**3,):
+        raise UserError(f"{path} holds no colors: delete it, and name the data set by --dataroot")
+    return density
+
+
 def keep_colors(fake: np.ndarray, source: np.ndarray, density: torch.Tensor) -> np.ndarray:
     """A translation (H, W, 3), but the source where it has colors that the target hardly has.
 
     `density` is the `log_density` of pictures of the target. Where what changes within a 16th of
     the picture becomes rarer there, on average, it is no translation but what the network makes of
-    things it has not seen: purple of brown, where orange became red. Source and fake are of one
-    size and type; the edges between them are soft.
+    things it has not seen: purple of brown, where orange became red. Narrow gaps in what becomes
+    common, and what it encloses, are part of it. Source and fake are of one size and type; the
+    edges between them are soft.
     """
     x, y = (datasets.to_tensor(picture)[None] for picture in (source, fake))  # (1, 3, H, W)
     scale = SIDE / max(x.shape[2:])
@@ -68,7 +105,7 @@ def keep_colors(fake: np.ndarray, source: np.ndarray, density: torch.Tensor) -> 
     ratio = (after - before).clamp(-6, 6)
     ratio = mean(ratio * (change + 1e-3), WINDOW) / mean(change + 1e-3, WINDOW)
     changed = (change > 6 / 127.5).float()
-    likely = close(changed * (ratio > -0.5), WINDOW)
+    likely = fill(close(changed * (ratio > -0.5), WINDOW))
     rare = F.max_pool2d(changed * (1 - likely), 9, 1, 4) * (1 - likely)  # 4 wider, for soft edges
     rare = F.interpolate(mean(mean(rare, 5), 5), x.shape[2:], mode="bilinear")
     return datasets.to_array((y + rare * (x - y))[0], fake.dtype)

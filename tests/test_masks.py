@@ -1,10 +1,15 @@
 """lib/masks.py: where a source stays as it is."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lib.masks import keep_colors, log_density, unchanged
+import datasets
+from lib.masks import fill, keep_colors, load_colors, log_density, save_colors, unchanged
+from utils import UserError
 
 
 def test_unchanged():
@@ -54,17 +59,32 @@ def test_colors_that_the_target_lacks_are_not_kept(size):
     assert np.array_equal(keep_colors(fake, source, lucky), fake)  # a target that has purple
 
 
-def test_a_small_part_of_what_changes_goes_with_it():
-    """A highlight of a rare color in a fruit is the fruit's, a large area is not."""
+def test_parts_of_what_changes_go_with_it():
+    """A highlight of a rare color in a fruit is the fruit's, however large, and a narrow gap.
+
+    What reaches its border is not.
+    """
     density = log_density([paint(WHITE, (0, 64, 0, 64, RED)), paint(BROWN)])
-    around = (20, 110, 20, 110)
-    for width, kept in ((6, True), (50, False)):
-        spot = (65 - width // 2, 65 + width // 2) * 2
+    around, inside, gap = (20, 110, 20, 110), (40, 90, 40, 90), (62, 68, 20, 110)
+    beside = (40, 90, 60, 120)
+    for spot, kept in ((inside, True), (gap, True), (beside, False)):
         source = paint(WHITE, (*around, ORANGE), (*spot, BROWN))
         fake = paint(WHITE, (*around, RED), (*spot, PURPLE))
         made = keep_colors(fake, source, density)
-        assert np.array_equal(made[65, 65], PURPLE if kept else BROWN)
+        assert np.array_equal(made[65, 75], PURPLE if kept else BROWN)
         assert np.array_equal(made[30, 30], RED)
+
+
+def test_fill():
+    """Holes of any size, but none that touches the border or is joined to it, if only by a path."""
+    mask = torch.zeros(3, 1, 40, 60)
+    mask[:, :, 5:35, 10:50], mask[:, :, 8:32, 13:47] = 1, 0  # a ring
+    mask[1, :, 20, :30] = 0  # with a way out
+    mask[2, :, :, 30:] = mask[0, :, :, 30:]
+    mask[2, :, :, 50:] = 1  # at the border
+    wanted = mask.clone()
+    wanted[0, :, 5:35, 10:50] = wanted[2, :, 5:35, 10:50] = 1
+    assert torch.equal(fill(mask), wanted)
 
 
 def test_log_density():
@@ -77,3 +97,21 @@ def test_log_density():
     assert at(RED) > at(RED - 11) > 100 * at(ORANGE)
     white = log_density([paint(WHITE)]).exp().view(24, 24, 24)[-1, -1, -1].item()
     assert at(WHITE) == pytest.approx(white / 3, rel=1e-3)
+
+
+def test_colors_of_a_training_set(tmp_path):
+    """Every picture counts the same, whatever its size; a gray domain has none, nor an old file."""
+    for i, (color, size) in enumerate(((RED, 128), (WHITE, 64), (BROWN, 256), (RED, 32))):
+        (tmp_path / "trainA").mkdir(exist_ok=True)
+        Image.fromarray(paint(color, size=size)).save(tmp_path / "trainA" / f"{i}.png")
+    options = argparse.Namespace(preprocess="none", size=32, load_size=32, axis=-1)
+    make = lambda channels: datasets.Domain(tmp_path, "trainA", channels, options, tmp_path / "log")
+    data = datasets.UnpairedImages(make(3), make(1), 32)
+    (tmp_path / "colors_B.pth").write_bytes(b"old")
+    save_colors(tmp_path, data)
+    wanted = log_density(paint(color) for color in (RED, WHITE, BROWN, RED))
+    assert torch.equal(load_colors(tmp_path / "colors_A.pth"), wanted)
+    assert not (tmp_path / "colors_B.pth").exists()
+    torch.save({"log_density": wanted[1:]}, tmp_path / "colors_A.pth")
+    with pytest.raises(UserError, match="colors_A.pth holds no colors: delete it"):
+        load_colors(tmp_path / "colors_A.pth")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import datasets
 import train
-from lib import metrics, options, translation, validation
+from lib import masks, metrics, options, translation, validation
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
@@ -665,6 +665,8 @@ def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
         for other in (f"{name}.pth", f"{name}_ema.pth"):  # the last weights, the last averages
             last = torch.load(tmp_path / "models" / other, weights_only=True)
             assert not all(torch.equal(best[key], value) for key, value in last.items())
+    colors = [tmp_path / "models" / folder / "colors_A.pth" for folder in ("", "best")]
+    assert torch.equal(*map(masks.load_colors, colors))
     assert tiny_runs.read_state(tmp_path)["best"] == 1.0
     assert len(training) == 16 and all(training)  # one of five pictures is set aside
     log = read_csv(tmp_path / "logs" / "metrics.csv")

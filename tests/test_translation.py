@@ -1,12 +1,13 @@
 """lib/translation.py, lib/validation.py and test.py: which picture becomes which, at which size."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import datasets
 import test as test_script  # or pytest would collect it
@@ -73,6 +74,30 @@ def test_keep_colors(models, tmp_path, monkeypatch):
     assert np.array_equal(datasets.load_image(tmp_path / "outputs/B/x.png", 3), wanted)
 
 
+def test_keep_colors_of_the_run(models, tmp_path, monkeypatch):
+    """What training wrote beside the generators, without a data set; not for other weights."""
+    draw(tmp_path / "x.png", 0, 32, 32)
+    run = shutil.copytree(models, tmp_path / "models")
+    for domain, value in (("A", 0.0), ("B", 1.0)):
+        density = {"log_density": torch.full((24**3,), value)}
+        torch.save(density, run / f"colors_{domain}.pth")
+    used = []
+    monkeypatch.setattr(
+        masks, "keep_colors", lambda fake, _, density: used.append(density[0].item()) or fake
+    )
+    words = ("--input", tmp_path / "x.png", "--keep_colors")
+    for direction in ("A2B", "B2A"):
+        assert run_test(tmp_path, run, *words, "--direction", direction) == 0
+    assert used == [1, 0]
+    words += ("--dataroot", tmp_path / "set", "--weights", run / "netG_A2B.pth")
+    with pytest.raises(UserError, match="there is no folder .*trainB"):
+        run_test(tmp_path, run, *words)
+    (tmp_path / "set" / "trainB").mkdir(parents=True)
+    (tmp_path / "set" / "trainB" / "y.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none in .*trainB can be read"):
+        run_test(tmp_path, run, *words)
+
+
 def test_keep_colors_is_refused(models, tmp_path):
     draw(tmp_path / "set/testA/x.png", 0, 32, 32)
     words = ("--dataroot", tmp_path / "set", "--direction", "A2B", "--keep_colors")
@@ -85,6 +110,19 @@ def test_keep_colors_is_refused(models, tmp_path):
     torch.save(make_net(0, input_nc=1, output_nc=1).state_dict(), gray / "netG_A2B.pth")
     with pytest.raises(UserError, match="--keep_colors is for RGB"):
         run_test(tmp_path, gray, *words)
+
+
+def test_the_generators_in_docs(tmp_path):
+    """An orange disc becomes red, white stays white."""
+    picture = Image.new("RGB", (96, 96), "white")
+    ImageDraw.Draw(picture).ellipse((20, 20, 76, 76), (245, 140, 20))
+    picture.save(tmp_path / "disc.png")
+    folder = Path(__file__).parent.parent / "docs" / "apple2orange"
+    words = ("--input", tmp_path / "disc.png", "--direction", "B2A", "--keep_colors")
+    assert run_test(tmp_path, folder, *words) == 0
+    made = datasets.load_image(tmp_path / "outputs/A/disc.png").astype(int)
+    assert made[48, 48, 0] > 150 and made[48, 48, 1] < 70
+    assert (made[:10] > 250).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 44), (44, 40)])

@@ -18,7 +18,7 @@ import torch
 
 import datasets
 import utils
-from lib import devices, formats, metrics
+from lib import devices, formats, masks, metrics
 from lib import translation as tr
 from lib.outputs import read_index
 from lib.weights import load_generator
@@ -40,7 +40,7 @@ def find_checkpoints(models: Path) -> dict[str, str]:
         for label, name in CHECKPOINTS.items()
         if any((models / name.replace("*", way)).exists() for way in ("A2B", "B2A"))
     }
-    own = ("netG_A2B", "netG_B2A", "netD_", "train_state")
+    own = ("netG_A2B", "netG_B2A", "netD_", "train_state", "colors_")
     others = [path.name for path in models.glob("*.pth") if not path.name.startswith(own)]
     return pairs | {name: name for name in sorted(others)}
 
@@ -99,7 +99,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
             return tr.translate_batch(net, [picture], device, dtype)[0]
 
-    def show(upload: dict | None, way: str, label: str, bar=progress):
+    def show(upload: dict | None, way: str, label: str, keep: bool, bar=progress):
         """Yield the translation as soon as it is there, then the way back too."""
         if upload is None:
             yield None, None, None, gr.DownloadButton(interactive=False), ""
@@ -111,9 +111,12 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             net = load(weights)
             source, note = shrink(datasets.load_image(path, net.input_nc), longest)
             bar(0.5, "translating")
-            fake = translate(net, source)
-            note += f", {time.perf_counter() - start:.1f} s on {device}"
+            fake, colors = translate(net, source), models / f"colors_{way[-1]}.pth"
             same = fake.shape == source.shape  # numbers of channels may differ
+            own = label in CHECKPOINTS and same and colors.exists()  # of the run
+            if keep and own:
+                fake = masks.keep_colors(fake, source, masks.load_colors(colors))
+            note += f", {time.perf_counter() - start:.1f} s on {device}"
             change = datasets.to_rgb(metrics.draw_change(fake, source)) if same else None
             cycle = back.exists() and back != weights
             with tempfile.TemporaryDirectory() as folder:  # Gradio keeps its own copy
@@ -137,6 +140,9 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             choices = [(f"{names[d[0]]} → {names[d[-1]]}", d) for d in examples]
             way = gr.Radio(choices, value="A2B", label="direction")
             checkpoint = gr.Dropdown(labels(), label="checkpoint")
+            known = any(models.glob("colors_?.pth"))
+            text = "keep the source where its new colors are rarer in the training pictures"
+            keep = gr.Checkbox(label="keep_colors", info=text, visible=known)
         kind = {"height": HEIGHT, "interactive": False, "buttons": ["fullscreen"]}
         with gr.Row():
             with gr.Column(min_width=200):
@@ -155,12 +161,16 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         # raw uploads: Gradio would decode and turn them in its own way
         work = {
             "fn": show,
-            "inputs": [source, way, checkpoint],
+            "inputs": [source, way, checkpoint, keep],
             "outputs": [fake, rec, change, download, note],
             "show_progress_on": fake,
             "preprocess": False,
         }
-        gr.on([source.input, way.input, checkpoint.input], **work, trigger_mode="always_last")
+        gr.on(
+            [source.input, way.input, checkpoint.input, keep.input],
+            **work,
+            trigger_mode="always_last",
+        )
         for direction, paths in examples.items():
             shown = {"components": [source], "samples": [[path] for path in paths], "type": "index"}
             samples = gr.Dataset(label=f"examples of {names[direction[0]]}", **shown)
