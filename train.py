@@ -481,6 +481,11 @@ def main(args: argparse.Namespace, after_evaluation: Callable | None = None) -> 
         state = checkpoint.load_run(args.workdir, rank)
         saved = state["args"]
         args = parse_args(args.argv, saved)
+        half = saved.get("half_size", 0)
+        longer = args.n_epochs > saved["n_epochs"] <= state["epoch"]
+        if longer and args.half_size == half:  # a run that ended at full size goes on at it
+            args.half_size *= saved["n_epochs"] / args.n_epochs
+            args.options["half_size"] = args.half_size
     args = processes.on_main(lambda: prepare(args, saved))
     for name in FOLDERS:  # where the first rank's disk is not this one's
         utils.make_folder(args.workdir / name)

@@ -193,6 +193,20 @@ def test_longer_run(dataroot, tmp_path, capsys):
     assert differences(wanted, outcome(tmp_path / "two")) == []
 
 
+def test_longer_run_stays_at_full_size(dataroot, tmp_path, monkeypatch, stop_at):
+    """Half of the size is for the share of the run as it was, a stop on the way included."""
+    sides, step = [], train.CycleGAN.step
+    note = lambda model, batches: sides.append(batches[0][0].shape[3]) or step(model, batches)
+    monkeypatch.setattr(train.CycleGAN, "step", note)
+    options = "--size 48 --load_size 50 --half_size 0.5 --n_epochs 2"
+    assert run(dataroot, tmp_path, options) == 0
+    stop_at(12)
+    assert resume(tmp_path, "--n_epochs 8") == 143
+    assert resume(tmp_path) == 0
+    assert sides == 5 * [24] + 35 * [48]
+    assert read_state(tmp_path)["args"]["half_size"] == 0.125
+
+
 @pytest.mark.parametrize("way", ["--init_from", "--resume"])
 def test_what_the_first_generators_keep(way, dataroot, tmp_path, stop_at):
     """`--lambda_keep` knows them after any number of stops; the averages, if the run goes on."""
