@@ -46,30 +46,24 @@ def find_sources(
     return args.input, [(args.input / name, None) for name in names]
 
 
-def read_colors(args, direction: str, options: dict, plain_rgb: bool) -> torch.Tensor | None:
-    """Return the `masks.log_density` of the target, None if it is not asked for.
+def read_colors(args, domain: str, options: dict) -> torch.Tensor:
+    """Return the `masks.log_density` of a domain, A or B.
 
     It is beside the generators, or made of the training pictures in `--dataroot`.
 
     Raises:
-        UserError: neither is there, or what is translated is not `plain_rgb`.
+        UserError: neither is there.
     """
-    if not args.keep_colors:
-        return None
-    if not plain_rgb:
-        raise UserError("--keep_colors is for RGB pictures of 8 bits: leave it out")
-    saved = args.models / f"colors_{direction[-1]}.pth"
+    saved = args.models / f"colors_{domain}.pth"
     if saved.exists() and not args.weights:  # those may be of another run
         return masks.load_colors(saved)
-    folder = tr.find_split(tr.find_root(args.dataroot, options), "train", direction[-1], options)
+    folder = tr.find_split(tr.find_root(args.dataroot, options), "train", domain, options)
     names = datasets.list_images(folder)
     paths = [folder / name for name in names[:: math.ceil(len(names) / 200)]]  # enough of them
     small = np.empty((128, 128, 3))  # the size they are read in
     pictures = [picture for path in paths if (picture := tr.load_truth(path, small)) is not None]
     if not pictures:
-        raise UserError(
-            f"--keep_colors needs pictures of the target, but none in {folder} can be read"
-        )
+        raise UserError(f"--keep_colors needs training pictures, but none in {folder} can be read")
     return masks.log_density(pictures)
 
 
@@ -78,9 +72,10 @@ def translate_pictures(
 ) -> tuple[dict[outputs.Translation, str], np.ndarray]:
     """Write the translations of plain pictures, and comparisons of those that are in `compared`.
 
-    `back` is the generator of the other direction, or None, `colors` a `masks.log_density` or None;
-    `options` are the run's; for `how` see `tr.translate_batch`. Returns why some sources could not
-    be read, and the sums of `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
+    `back` is the generator of the other direction, or None; `colors` holds the `masks.log_density`
+    of the target and, with a way back, of the source, or nothing; `options` are the run's; for
+    `how` see `tr.translate_batch`. Returns why some sources could not be read, and the sums of
+    `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
     """
     folder, paths = args.workdir / "outputs", [Path(row.source) for row in rows]
     load = lambda path: tr.prepare(path, net.input_nc, options, size=args.size)
@@ -92,8 +87,8 @@ def translate_pictures(
             if fake is None:
                 failed[row] = source
                 continue
-            if colors is not None:
-                fake = masks.keep_colors(fake, source, colors)
+            if colors:
+                fake = masks.keep_colors(fake, source, colors[0])
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
             saving.append(pool.submit(formats.save_array, folder / row.output, fake))
@@ -105,6 +100,8 @@ def translate_pictures(
                 # the way back would double the hours of a large picture
                 if back is not None and not tiling.pick_tile(back, [fake], how["dtype"], args.tile):
                     (rec,) = tr.translate_batch(back, [fake], **how | {"tile": 0})
+                    if colors:
+                        rec = masks.keep_colors(rec, fake, colors[1])
                     known = [] if truth is None else [truth]
                     outputs.save_comparison(folder / "cycle", row, source, fake, rec, *known)
         for future in saving:
@@ -130,8 +127,12 @@ def translate_direction(
     for parent in {(args.workdir / "outputs" / row.output).parent for row in rows}:
         utils.make_folder(parent)
     in_units = {row: any(ranges) or row.output.endswith(formats.STACKED) for row in rows}
-    plain_rgb = net.input_nc == net.output_nc == 3 and not any(in_units.values())
-    colors = read_colors(args, direction, options, plain_rgb)
+    colors = []
+    if args.keep_colors:
+        if not net.input_nc == net.output_nc == 3 or any(in_units.values()):
+            raise UserError("--keep_colors is for RGB pictures of 8 bits: leave it out")
+        domains = direction[-1] + direction[0] * (back is not None)
+        colors = [read_colors(args, domain, options) for domain in domains]
     plain = processes.share([row for row in rows if not in_units[row]])
     groups = processes.share(stacks.group_rows([row for row in rows if in_units[row]]))
     shown = rows[: args.compare], direction if rank == 0 else None

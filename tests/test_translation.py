@@ -67,7 +67,8 @@ def test_keep_colors(models, tmp_path, monkeypatch):
     note = lambda pictures: given.append(density(pictures)) or given[-1]
     monkeypatch.setattr(masks, "log_density", note)
     assert run_test(tmp_path, models, "--dataroot", tmp_path / "set", "--keep_colors") == 0
-    assert all(torch.equal(a, b) for a, b in zip(given, (seen["A2B"], seen["B2A"]), strict=True))
+    wanted = [seen[name] for name in ("A2B", "B2A", "B2A", "A2B")]  # there and back, each
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
     net = load_generator(models / "netG_A2B.pth")
     source = datasets.load_image(tmp_path / "set/testA/x.png", 3)
     wanted = rare(plain(net, source), source, given[0])
@@ -82,13 +83,14 @@ def test_keep_colors_of_the_run(models, tmp_path, monkeypatch):
         density = {"log_density": torch.full((24**3,), value)}
         torch.save(density, run / f"colors_{domain}.pth")
     used = []
-    monkeypatch.setattr(
-        masks, "keep_colors", lambda fake, _, density: used.append(density[0].item()) or fake
-    )
+    note = lambda fake, source, density: used.append((source, density[0].item())) or fake + 1
+    monkeypatch.setattr(masks, "keep_colors", note)
     words = ("--input", tmp_path / "x.png", "--keep_colors")
     for direction in ("A2B", "B2A"):
         assert run_test(tmp_path, run, *words, "--direction", direction) == 0
-    assert used == [1, 0]
+        made = datasets.load_image(tmp_path / "outputs" / direction[-1] / "x.png")
+        assert np.array_equal(used[-1][0], made)  # the way back, from what was kept
+    assert [value for _, value in used] == [1, 0, 0, 1]
     words += ("--dataroot", tmp_path / "set", "--weights", run / "netG_A2B.pth")
     with pytest.raises(UserError, match="there is no folder .*trainB"):
         run_test(tmp_path, run, *words)

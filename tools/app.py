@@ -99,6 +99,12 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
             return tr.translate_batch(net, [picture], device, dtype)[0]
 
+    def keep_colors(fake: np.ndarray, source: np.ndarray, target: str) -> np.ndarray:
+        path = models / f"colors_{target}.pth"
+        if not path.exists():
+            return fake
+        return masks.keep_colors(fake, source, masks.load_colors(path))
+
     def show(upload: dict | None, way: str, label: str, keep: bool, bar=progress):
         """Yield the translation as soon as it is there, then the way back too."""
         if upload is None:
@@ -111,11 +117,11 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             net = load(weights)
             source, note = shrink(datasets.load_image(path, net.input_nc), longest)
             bar(0.5, "translating")
-            fake, colors = translate(net, source), models / f"colors_{way[-1]}.pth"
+            fake = translate(net, source)
             same = fake.shape == source.shape  # numbers of channels may differ
-            own = label in CHECKPOINTS and same and colors.exists()  # of the run
-            if keep and own:
-                fake = masks.keep_colors(fake, source, masks.load_colors(colors))
+            keep = keep and same and label in CHECKPOINTS  # else the colors are not its own
+            if keep:
+                fake = keep_colors(fake, source, way[-1])
             note += f", {time.perf_counter() - start:.1f} s on {device}"
             change = datasets.to_rgb(metrics.draw_change(fake, source)) if same else None
             cycle = back.exists() and back != weights
@@ -126,8 +132,10 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
                 status = note + ", translating back ..." * cycle
                 yield datasets.to_rgb(fake), None, change, button, status
             if cycle:
-                rec = datasets.to_rgb(translate(load(back), fake))
-                yield gr.skip(), rec, gr.skip(), gr.skip(), note
+                rec = translate(load(back), fake)
+                if keep:
+                    rec = keep_colors(rec, fake, way[0])
+                yield gr.skip(), datasets.to_rgb(rec), gr.skip(), gr.skip(), note
         except datasets.UnreadableImage as error:
             message = f"{path.name} is not a picture that can be read ({error}). Try another file."
             raise gr.Error(message, print_exception=False) from error
@@ -138,7 +146,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         gr.Markdown("# CycleGAN\nDrop or paste a picture, take one, or click on an example.")
         with gr.Row():
             choices = [(f"{names[d[0]]} → {names[d[-1]]}", d) for d in examples]
-            way = gr.Radio(choices, value="A2B", label="direction")
+            way = gr.Radio(choices, value="A2B", label="direction", scale=2)
             checkpoint = gr.Dropdown(labels(), label="checkpoint")
             known = any(models.glob("colors_?.pth"))
             text = "keep the source where its new colors are rarer in the training pictures"

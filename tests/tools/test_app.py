@@ -52,8 +52,9 @@ def run(tmp_path_factory) -> Path:
         net = Generator(ngf=8, n_residual_blocks=1, keep_source=keep_source)
         init_weights(net, init_gain=0.1)
         torch.save(net.state_dict(), folder / "models" / f"{name}.pth")
-    rare = {"log_density": torch.rand(24**3, generator=torch.manual_seed(9)) * 8}
-    torch.save(rare, folder / "models" / "colors_B.pth")
+    for seed, domain in enumerate("AB"):
+        rare = {"log_density": torch.rand(24**3, generator=torch.manual_seed(8 + seed)) * 8}
+        torch.save(rare, folder / "models" / f"colors_{domain}.pth")
     options = {"dataroot": str(folder / "set"), "preprocess": "resize_and_crop", "size": 32}
     options["keep_source"] = True
     (folder / "models" / "options.json").write_text(json.dumps(options))
@@ -162,6 +163,9 @@ def test_colors_that_the_target_lacks(page, run, tmp_path):
     assert (expected != plain).mean() > 0.05
     playwright.expect(image).not_to_have_attribute("src", before, timeout=60 * SECONDS)
     assert (shown(page, 1) == expected).all()
+    Image.fromarray(expected).save(tmp_path / "there.png")
+    back = translated(run, tmp_path, tmp_path / "there.png", "B2A", "--keep_colors")
+    assert (shown(page, 2) == back).all()
 
 
 @needs_browser
