@@ -72,9 +72,9 @@ def translate_pictures(
 ) -> tuple[dict[outputs.Translation, str], np.ndarray]:
     """Write the translations of plain pictures, and comparisons of those that are in `compared`.
 
-    `back` is the generator of the other direction, or None; `colors` holds the `masks.log_density`
-    of the target and, with a way back, of the source, or nothing; `options` are the run's; for
-    `how` see `tr.translate_batch`. Returns why some sources could not be read, and the sums of
+    `back` is the generator of the other direction, or None; `colors` are the `masks.log_density` of
+    the target and of the source's kind, or empty; `options` are the run's; for `how` see
+    `tr.translate_batch`. Returns why some sources could not be read, and the sums of
     `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
     """
     folder, paths = args.workdir / "outputs", [Path(row.source) for row in rows]
@@ -88,7 +88,7 @@ def translate_pictures(
                 failed[row] = source
                 continue
             if colors:
-                fake = masks.keep_colors(fake, source, colors[0])
+                fake = masks.keep_colors(fake, source, *colors)
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
             saving.append(pool.submit(formats.save_array, folder / row.output, fake))
@@ -101,7 +101,7 @@ def translate_pictures(
                 if back is not None and not tiling.pick_tile(back, [fake], how["dtype"], args.tile):
                     (rec,) = tr.translate_batch(back, [fake], **how | {"tile": 0})
                     if colors:
-                        rec = masks.keep_colors(rec, fake, colors[1])
+                        rec = masks.keep_colors(rec, fake, *colors[::-1])
                     known = [] if truth is None else [truth]
                     outputs.save_comparison(folder / "cycle", row, source, fake, rec, *known)
         for future in saving:
@@ -131,8 +131,7 @@ def translate_direction(
     if args.keep_colors:
         if not net.input_nc == net.output_nc == 3 or any(in_units.values()):
             raise UserError("--keep_colors is for RGB pictures of 8 bits: leave it out")
-        domains = direction[-1] + direction[0] * (back is not None)
-        colors = [read_colors(args, domain, options) for domain in domains]
+        colors = [read_colors(args, direction[i], options) for i in (-1, 0)]
     plain = processes.share([row for row in rows if not in_units[row]])
     groups = processes.share(stacks.group_rows([row for row in rows if in_units[row]]))
     shown = rows[: args.compare], direction if rank == 0 else None

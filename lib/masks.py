@@ -86,26 +86,30 @@ def load_colors(path: Path) -> torch.Tensor:
     return density
 
 
-def keep_colors(fake: np.ndarray, source: np.ndarray, density: torch.Tensor) -> np.ndarray:
+def keep_colors(
+    fake: np.ndarray, source: np.ndarray, target: torch.Tensor, own: torch.Tensor
+) -> np.ndarray:
     """A translation (H, W, 3), but the source where it has colors that the target hardly has.
 
-    `density` is the `log_density` of pictures of the target. Where what changes within a 16th of
-    the picture becomes rarer there, on average, it is no translation but what the network makes of
-    things it has not seen: purple of brown, where orange became red. Narrow gaps in what becomes
-    common, and what it encloses, are part of it. Source and fake are of one size and type; the
-    edges between them are soft.
+    `target` and `own` are the `log_density` of pictures of the target and of the source's kind.
+    Where what changes within a 16th of the picture becomes rarer in the target, on average, it is
+    no translation but what the network makes of things it has not seen: purple of brown, where
+    orange became red. But what is twice as common in its own kind as in the target is to change;
+    so are narrow gaps in all that, and what it encloses. Source and fake are of one size and type;
+    the edges between them are soft.
     """
     x, y = (datasets.to_tensor(picture)[None] for picture in (source, fake))  # (1, 3, H, W)
     scale = SIDE / max(x.shape[2:])
     size = [max(1, round(side * scale)) for side in x.shape[2:]]
     small = [F.interpolate(z, size, mode="bicubic", antialias=True).clamp(-1, 1) for z in (x, y)]
     mean = lambda z, k: F.avg_pool2d(z, k, 1, k // 2, count_include_pad=False)
-    change = (small[1] - small[0]).abs().mean(1, keepdim=True)  # (1, 1, h, w)
-    before, after = (density[color_bins(z)][:, None] for z in small)
-    ratio = (after - before).clamp(-6, 6)
-    ratio = mean(ratio * (change + 1e-3), WINDOW) / mean(change + 1e-3, WINDOW)
+    average = lambda z, weight, k: mean(z.clamp(-6, 6) * weight, k) / mean(weight, k)
+    change = (small[1] - small[0]).abs().mean(1, keepdim=True) + 1e-3  # (1, 1, h, w)
+    before, after = (color_bins(z)[:, None] for z in small)
+    gained = average(target[after] - target[before], change, WINDOW)
     changed = (change > 6 / 127.5).float()
-    likely = fill(close(changed * (ratio > -0.5), WINDOW))
+    typical = average(own[before] - target[before], changed + 1e-6, WINDOW // 2 + 1)
+    likely = fill(close(changed * ((gained > -0.5) | (typical > math.log(2))), WINDOW))
     rare = F.max_pool2d(changed * (1 - likely), 9, 1, 4) * (1 - likely)  # 4 wider, for soft edges
     rare = F.interpolate(mean(mean(rare, 5), 5), x.shape[2:], mode="bilinear")
     return datasets.to_array((y + rare * (x - y))[0], fake.dtype)

@@ -48,15 +48,19 @@ def paint(color: np.ndarray, *patches: tuple, size: int = 128) -> np.ndarray:
 def test_colors_that_the_target_lacks_are_not_kept(size):
     """Orange became red, which the target has: kept; brown became purple: the source."""
     density = log_density([paint(WHITE, (0, 64, 0, 64, RED)), paint(BROWN, (0, 64, 0, 64, RED))])
+    own = log_density([paint(WHITE, (0, 64, 0, 64, ORANGE)), paint(BROWN)])
     fruit, board = (20, 60, 30, 90), (80, 120, 10, 120)
     source = paint(WHITE, (*fruit, ORANGE), (*board, BROWN), size=size)
     fake = paint(WHITE, (*fruit, RED), (*board, PURPLE), size=size)
     wanted = paint(WHITE, (*fruit, RED), (*board, BROWN), size=size)
-    made = keep_colors(fake, source, density)
+    made = keep_colors(fake, source, density, own)
     assert np.abs(made.astype(int) - wanted).max() <= (2 if size > 256 else 0)  # at the edges
-    assert np.array_equal(keep_colors(source, source, density), source)
+    assert np.array_equal(keep_colors(source, source, density, own), source)
     lucky = log_density([paint(WHITE, (0, 64, 0, 64, RED)), paint(PURPLE, (0, 64, 0, 64, RED))])
-    assert np.array_equal(keep_colors(fake, source, lucky), fake)  # a target that has purple
+    assert np.array_equal(keep_colors(fake, source, lucky, own), fake)  # a target that has purple
+    typical = log_density([paint(BROWN)])  # much more brown than in the target
+    made = keep_colors(fake, source, density, typical)
+    assert np.array_equal(made[size * 100 // 128, size // 2], PURPLE)
 
 
 def test_parts_of_what_changes_go_with_it():
@@ -70,7 +74,7 @@ def test_parts_of_what_changes_go_with_it():
     for spot, kept in ((inside, True), (gap, True), (beside, False)):
         source = paint(WHITE, (*around, ORANGE), (*spot, BROWN))
         fake = paint(WHITE, (*around, RED), (*spot, PURPLE))
-        made = keep_colors(fake, source, density)
+        made = keep_colors(fake, source, density, density)
         assert np.array_equal(made[65, 75], PURPLE if kept else BROWN)
         assert np.array_equal(made[30, 30], RED)
 

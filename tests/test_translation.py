@@ -61,17 +61,17 @@ def test_keep_colors(models, tmp_path, monkeypatch):
         if split.startswith("train"):
             seen["B2A" if split == "trainA" else "A2B"] = masks.log_density([pixels])
             (tmp_path / "set" / split / "y.png").write_bytes(b"no picture")
-    rare = lambda fake, source, density: fake // 2 + source // 4 + (density is not None)
+    rare = lambda fake, source, target, own: fake // 2 + source // 4 + (own is not target)
     monkeypatch.setattr(masks, "keep_colors", rare)
     given, density = [], masks.log_density
     note = lambda pictures: given.append(density(pictures)) or given[-1]
     monkeypatch.setattr(masks, "log_density", note)
     assert run_test(tmp_path, models, "--dataroot", tmp_path / "set", "--keep_colors") == 0
-    wanted = [seen[name] for name in ("A2B", "B2A", "B2A", "A2B")]  # there and back, each
+    wanted = [seen[name] for name in ("A2B", "B2A", "B2A", "A2B")]  # target and source of each
     assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
     net = load_generator(models / "netG_A2B.pth")
     source = datasets.load_image(tmp_path / "set/testA/x.png", 3)
-    wanted = rare(plain(net, source), source, given[0])
+    wanted = rare(plain(net, source), source, *given[:2])
     assert np.array_equal(datasets.load_image(tmp_path / "outputs/B/x.png", 3), wanted)
 
 
@@ -83,7 +83,7 @@ def test_keep_colors_of_the_run(models, tmp_path, monkeypatch):
         density = {"log_density": torch.full((24**3,), value)}
         torch.save(density, run / f"colors_{domain}.pth")
     used = []
-    note = lambda fake, source, density: used.append((source, density[0].item())) or fake + 1
+    note = lambda fake, source, *colors: used.append((source, colors[0][0].item())) or fake + 1
     monkeypatch.setattr(masks, "keep_colors", note)
     words = ("--input", tmp_path / "x.png", "--keep_colors")
     for direction in ("A2B", "B2A"):

@@ -99,11 +99,11 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
             return tr.translate_batch(net, [picture], device, dtype)[0]
 
-    def keep_colors(fake: np.ndarray, source: np.ndarray, target: str) -> np.ndarray:
-        path = models / f"colors_{target}.pth"
-        if not path.exists():
+    def keep_colors(fake: np.ndarray, source: np.ndarray, way: str) -> np.ndarray:
+        paths = [models / f"colors_{way[i]}.pth" for i in (-1, 0)]
+        if not all(path.exists() for path in paths):
             return fake
-        return masks.keep_colors(fake, source, masks.load_colors(path))
+        return masks.keep_colors(fake, source, *map(masks.load_colors, paths))
 
     def show(upload: dict | None, way: str, label: str, keep: bool, bar=progress):
         """Yield the translation as soon as it is there, then the way back too."""
@@ -121,7 +121,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             same = fake.shape == source.shape  # numbers of channels may differ
             keep = keep and same and label in CHECKPOINTS  # else the colors are not its own
             if keep:
-                fake = keep_colors(fake, source, way[-1])
+                fake = keep_colors(fake, source, way)
             note += f", {time.perf_counter() - start:.1f} s on {device}"
             change = datasets.to_rgb(metrics.draw_change(fake, source)) if same else None
             cycle = back.exists() and back != weights
@@ -134,7 +134,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             if cycle:
                 rec = translate(load(back), fake)
                 if keep:
-                    rec = keep_colors(rec, fake, way[0])
+                    rec = keep_colors(rec, fake, way[::-1])
                 yield gr.skip(), datasets.to_rgb(rec), gr.skip(), gr.skip(), note
         except datasets.UnreadableImage as error:
             message = f"{path.name} is not a picture that can be read ({error}). Try another file."
