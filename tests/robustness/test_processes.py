@@ -227,7 +227,7 @@ def test_two_ranks_are_one_large_batch(tmp_path):
         assert apart[name] == pytest.approx(together[name], rel=5e-6)  # of six digits
     shared = logger.read_csv(tmp_path / "two" / "logs" / "metrics.csv")
     nets = {
-        path.stem: load_generator(path) for path in (tmp_path / "two/models/best").glob("*.pth")
+        path.stem: load_generator(path) for path in (tmp_path / "two/models/best").glob("net*.pth")
     }
     options = read_state(tmp_path / "two")["args"]
     pairs = validation.find_pictures(data, options)
