@@ -6,7 +6,6 @@ python test.py --weights horse2zebra.pth --input photos/     published weights
 """
 
 import argparse
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def read_colors(args, domain: str, options: dict) -> torch.Tensor:
         return masks.load_colors(saved)
     folder = tr.find_split(tr.find_root(args.dataroot, options), "train", domain, options)
     names = datasets.list_images(folder)
-    paths = [folder / name for name in names[:: math.ceil(len(names) / 200)]]  # enough of them
+    paths = [folder / names[i] for i in masks.sample(len(names))]
     small = np.empty((128, 128, 3))  # the size they are read in
     pictures = [picture for path in paths if (picture := tr.load_truth(path, small)) is not None]
     if not pictures:

@@ -62,8 +62,13 @@ def log_density(pictures: Iterable[np.ndarray]) -> torch.Tensor:
     return (shares + 1e-8).log().flatten()
 
 
+def sample(n: int) -> range:
+    """The numbers of at most 200 of `n` pictures, evenly spread: enough for a `log_density`."""
+    return range(0, n, math.ceil(n / 200))
+
+
 def save_colors(folder: Path, data: datasets.UnpairedImages) -> None:
-    """Write the `log_density` of A and of B, of 200 pictures at most, to `colors_A.pth` and B.
+    """Write the `log_density` of A and of B, of a `sample`, to `colors_A.pth` and `colors_B.pth`.
 
     Only of RGB pictures of 8 bits; otherwise old files are deleted.
     """
@@ -72,8 +77,7 @@ def save_colors(folder: Path, data: datasets.UnpairedImages) -> None:
         if domain.first.dtype != torch.uint8 or len(domain.first) != 3:
             path.unlink(missing_ok=True)
             continue
-        chosen = range(0, len(domain), math.ceil(len(domain) / 200))
-        pictures = (domain[i].permute(1, 2, 0).numpy() for i in chosen)
+        pictures = (domain[i].permute(1, 2, 0).numpy() for i in sample(len(domain)))
         density = log_density(datasets.resize(picture, (128, 128)) for picture in pictures)
         save_tensors(path, {"log_density": density})
 
