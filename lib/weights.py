@@ -147,14 +147,22 @@ class OnnxGenerator:
 # Starting from weights
 
 
-def load_initial(folder: Path, model) -> None:
-    """Start a CycleGAN of train.py from the weights in `folder` (`--init_from`).
+def load_initial(paths: list[str], model) -> None:
+    """Start a CycleGAN of train.py from the weights in a folder, or in files (`--init_from`).
 
-    They are ours, or the reference repository's. Raises UserError if the generators are missing, or
-    of another architecture than the options'.
+    They are ours, or the reference repository's. Where a folder and files are given, the files
+    come first; discriminators that are not there begin anew. Raises UserError if a generator is
+    missing, weights are of another architecture than the options', or a file has another name.
     """
+    known = {name for network in model.networks() for name in initial_names(network)}
+    for path in map(Path, paths):
+        if path.suffix == ".pth" and path.name not in known:
+            raise UserError(
+                f"--init_from {path}: the name tells which network it is, and is none of "
+                + ", ".join(sorted(known))
+            )
     for name, net in model.networks().items():
-        read = lambda name=name, net=net: read_initial(folder, name, net, model.args.keep_source)
+        read = lambda name=name, net=net: read_initial(paths, name, net, model.args.keep_source)
         weights = processes.on_main(read)
         if weights is not None:
             net.load_state_dict(weights)
@@ -163,15 +171,24 @@ def load_initial(folder: Path, model) -> None:
                     copies[name].load_state_dict(weights)
 
 
-def read_initial(folder: Path, name: str, net, keep_source: bool) -> dict | None:
-    """The weights for `net` in `folder`; None if they are a discriminator's and not there."""
+def initial_names(name: str) -> list[str]:
+    """The files that network `name` may start from; the last one only if it is named itself."""
     known = {"netG_A2B": "G_A", "netG_B2A": "G_B", "netD_A": "D_B", "netD_B": "D_A"}  # D_A sees B
-    ours, theirs = folder / f"{name}.pth", folder / f"latest_net_{known[name]}.pth"
-    path = ours if ours.exists() else theirs
-    if not path.exists():
+    average = [f"{name}_ema.pth"] if name.startswith("netG") else []
+    return [f"{name}.pth", f"latest_net_{known[name]}.pth", *average]
+
+
+def read_initial(paths: list[str], name: str, net, keep_source: bool) -> dict | None:
+    """The weights for `net` among `paths`; None if they are a discriminator's and not there."""
+    names = initial_names(name)
+    files = [path for path in map(Path, paths) if path.name in names]
+    inside = (Path(folder) / file for folder in paths for file in names[:2])
+    files += [path for path in inside if path.exists()]
+    if not files:
         if name.startswith("netD"):
             return None  # published models rarely come with their discriminators
-        raise UserError(f"--init_from {folder} has neither {ours.name} nor {theirs.name}")
+        raise UserError(f"--init_from {' '.join(paths)} has neither {names[0]} nor {names[1]}")
+    path = files[0]
     state = load_tensors(path)
     try:
         if name.startswith("netG"):

@@ -695,6 +695,37 @@ def test_init_from_our_own_weights(run, rgb, tmp_path):
         )
 
 
+def test_init_from_files(run, rgb, tmp_path):
+    """Of two runs and an average, without one discriminator; a file comes before a folder."""
+    models = [tmp_path / name / "models" for name in "12"]
+    first, second = run(rgb, "", models[0].parent), run(rgb, "--seed 1", models[1].parent)
+    files = f"{models[0] / 'netG_A2B_ema.pth'} {models[1] / 'netG_B2A.pth'}"
+    new = run(rgb, f"--init_from {files} {models[0] / 'netD_A.pth'} --lr 0", tmp_path / "3")
+    assert same_weights(new.netG_A2B, first.averages["netG_A2B"])
+    assert same_weights(new.netG_B2A, second.netG_B2A)
+    assert same_weights(new.netD_A, first.netD_A)
+    assert same_weights(new.netD_B, new.first["netD_B"])
+    new = run(rgb, f"--init_from {models[1]} {models[0] / 'netG_A2B.pth'} --lr 0", tmp_path / "4")
+    assert same_weights(new.netG_A2B, first.netG_A2B)
+    assert same_weights(new.netD_B, second.netD_B)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ("netG_A2B.pth", "has neither netG_B2A.pth nor latest_net_G_B.pth"),
+        ("netG_A2B.pth netG_B2A.pth horse2zebra.pth", "horse2zebra.pth: the name tells which"),
+        ("netG_A2B.pth lost/netG_B2A.pth", "there is no checkpoint .*lost/netG_B2A.pth"),
+    ],
+)
+def test_init_from_other_files_is_refused(tmp_path, rgb, files, words):
+    for name, net in make_model().networks().items():
+        torch.save(net.state_dict(), tmp_path / f"{name}.pth")
+    paths = " ".join(str(tmp_path / file) for file in files.split())
+    where = f"--dataroot {rgb} --workdir {tmp_path / 'run'}"
+    refused(f"{where} --n_residual_blocks 1 --init_from {paths}", words)
+
+
 @pytest.mark.parametrize("discriminators", [True, False])
 def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
     """Its D_A sees B: there, D_A is what G_A plays against."""
@@ -710,7 +741,7 @@ def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
         assert same_weights(net, theirs[name]) == (name in names)
     round_trip(model, tmp_path)
     keeping, (x, _) = make_model("--keep_source").netG_A2B, random_pictures()
-    keeping.load_state_dict(weights.read_initial(folder, "netG_A2B", keeping, True))
+    keeping.load_state_dict(weights.read_initial([str(folder)], "netG_A2B", keeping, True))
     assert (keeping(x) - theirs["netG_A2B"](x)).abs().max() < 0.01
 
 
