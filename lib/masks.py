@@ -56,10 +56,15 @@ def log_density(pictures: Iterable[np.ndarray]) -> torch.Tensor:
     for picture in pictures:
         bins = color_bins(datasets.to_tensor(picture)[None])
         counts += torch.bincount(bins.flatten(), minlength=BINS**3)
-    shares = (counts / counts.sum()).view(1, BINS, BINS, BINS)
+    return (smooth(counts / counts.sum()) + 1e-8).log()
+
+
+def smooth(counts: torch.Tensor) -> torch.Tensor:
+    """Counts (24^3) of colors, averaged over neighboring colors."""
+    counts = counts.view(1, BINS, BINS, BINS)
     for _ in range(3):
-        shares = F.avg_pool3d(shares, 3, 1, 1, count_include_pad=False)
-    return (shares + 1e-8).log().flatten()
+        counts = F.avg_pool3d(counts, 3, 1, 1, count_include_pad=False)
+    return counts.flatten()
 
 
 def sample(n: int) -> range:
@@ -98,9 +103,10 @@ def keep_colors(
     `target` and `own` are the `log_density` of pictures of the target and of the source's kind.
     Where what changes within a 16th of the picture becomes rarer in the target, on average, it is
     no translation but what the network makes of things it has not seen: purple of brown, where
-    orange became red. But what is twice as common in its own kind as in the target is to change;
-    so are narrow gaps in all that, and what it encloses. Source and fake are of one size and type;
-    the edges between them are soft.
+    orange became red; nor is what changes elsewhere, if most of its color in the picture is such.
+    But what is twice as common in its own kind as in the target is to change; so are narrow gaps
+    in all that, and what it encloses. Source and fake are of one size and type; the edges between
+    them are soft.
     """
     x, y = (datasets.to_tensor(picture)[None] for picture in (source, fake))  # (1, 3, H, W)
     scale = SIDE / max(x.shape[2:])
@@ -113,7 +119,10 @@ def keep_colors(
     gained = average(target[after] - target[before], change, WINDOW)
     changed = (change > 6 / 127.5).float()
     typical = average(own[before] - target[before], changed + 1e-6, WINDOW // 2 + 1)
-    likely = fill(close(changed * ((gained > -0.5) | (typical > math.log(2))), WINDOW))
+    likely = changed * ((gained > -0.5) | (typical > math.log(2)))
+    count = lambda mask: smooth(torch.bincount(before.flatten(), mask.flatten(), BINS**3))[before]
+    likely = likely * (count(likely) > count(changed) / 2)
+    likely = fill(close(likely, WINDOW))
     rare = F.max_pool2d(changed * (1 - likely), 9, 1, 4) * (1 - likely)  # 4 wider, for soft edges
     rare = F.interpolate(mean(mean(rare, 5), 5), x.shape[2:], mode="bilinear")
     return datasets.to_array((y + rare * (x - y))[0], fake.dtype)
