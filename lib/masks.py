@@ -95,34 +95,45 @@ def load_colors(path: Path) -> torch.Tensor:
     return density
 
 
+def translation_mask(
+    source: torch.Tensor, fake: torch.Tensor, target: torch.Tensor, own: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks (1, 1, H, W) of 0 and 1 for pictures (1, 3, H, W): what changes, what is to change.
+
+    Where what changes within 17 pixels becomes rarer in the target, on average, it is no
+    translation but what the network makes of things it has not seen: purple of brown, where orange
+    became red; nor is what changes elsewhere, if most of its color in the picture is such. But what
+    is twice as common in its own kind as in the target is to change; so are narrow gaps in all
+    that, and what it encloses.
+    """
+    mean = lambda z, k: F.avg_pool2d(z, k, 1, k // 2, count_include_pad=False)
+    average = lambda z, weight, k: mean(z.clamp(-6, 6) * weight, k) / mean(weight, k)
+    change = (fake - source).abs().mean(1, keepdim=True) + 1e-3  # (1, 1, H, W)
+    changed = (change > 6 / 127.5).float()
+    before, after = color_bins(source)[:, None], color_bins(fake)[:, None]
+    gained = average(target[after] - target[before], change, WINDOW)
+    typical = average(own[before] - target[before], changed + 1e-6, WINDOW // 2 + 1)
+    mask = changed * ((gained > -0.5) | (typical > math.log(2)))
+    count = lambda mask: smooth(torch.bincount(before.flatten(), mask.flatten(), BINS**3))[before]
+    mask = mask * (count(mask) > count(changed) / 2)
+    return changed, fill(close(mask, WINDOW))
+
+
 def keep_colors(
     fake: np.ndarray, source: np.ndarray, target: torch.Tensor, own: torch.Tensor
 ) -> np.ndarray:
-    """A translation (H, W, 3), but the source where it has colors that the target hardly has.
+    """A translation (H, W, 3), but the source where colors change that are not to change.
 
     `target` and `own` are the `log_density` of pictures of the target and of the source's kind.
-    Where what changes within a 16th of the picture becomes rarer in the target, on average, it is
-    no translation but what the network makes of things it has not seen: purple of brown, where
-    orange became red; nor is what changes elsewhere, if most of its color in the picture is such.
-    But what is twice as common in its own kind as in the target is to change; so are narrow gaps
-    in all that, and what it encloses. Source and fake are of one size and type; the edges between
-    them are soft.
+    Source and fake are of one size and type; the edges between them are soft.
     """
     x, y = (datasets.to_tensor(picture)[None] for picture in (source, fake))  # (1, 3, H, W)
     scale = SIDE / max(x.shape[2:])
     size = [max(1, round(side * scale)) for side in x.shape[2:]]
     small = [F.interpolate(z, size, mode="bicubic", antialias=True).clamp(-1, 1) for z in (x, y)]
-    mean = lambda z, k: F.avg_pool2d(z, k, 1, k // 2, count_include_pad=False)
-    average = lambda z, weight, k: mean(z.clamp(-6, 6) * weight, k) / mean(weight, k)
-    change = (small[1] - small[0]).abs().mean(1, keepdim=True) + 1e-3  # (1, 1, h, w)
-    before, after = (color_bins(z)[:, None] for z in small)
-    gained = average(target[after] - target[before], change, WINDOW)
-    changed = (change > 6 / 127.5).float()
-    typical = average(own[before] - target[before], changed + 1e-6, WINDOW // 2 + 1)
-    likely = changed * ((gained > -0.5) | (typical > math.log(2)))
-    count = lambda mask: smooth(torch.bincount(before.flatten(), mask.flatten(), BINS**3))[before]
-    likely = likely * (count(likely) > count(changed) / 2)
-    likely = fill(close(likely, WINDOW))
-    rare = F.max_pool2d(changed * (1 - likely), 9, 1, 4) * (1 - likely)  # 4 wider, for soft edges
-    rare = F.interpolate(mean(mean(rare, 5), 5), x.shape[2:], mode="bilinear")
+    changed, mask = translation_mask(*small, target, own)  # (1, 1, h, w)
+    rare = F.max_pool2d(changed * (1 - mask), 9, 1, 4) * (1 - mask)  # 4 wider, for soft edges
+    for _ in range(2):
+        rare = F.avg_pool2d(rare, 5, 1, 2, count_include_pad=False)
+    rare = F.interpolate(rare, x.shape[2:], mode="bilinear")
     return datasets.to_array((y + rare * (x - y))[0], fake.dtype)
