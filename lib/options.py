@@ -74,7 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
     auto = {"nargs": "?", "const": True, "choices": ["auto"]}
     exclusive.add_argument("--resume", default=False, help=text, **auto)
     add(exclusive, "--restart", False, "overwrite the run in --workdir")
-    add(g, "--init_from", None, "folder, or files, of weights to start from", type=str, nargs="+")
+    paths = {"type": str, "nargs": "+", "metavar": "PATH"}
+    add(g, "--init_from", None, "folder, or files, of weights to start from", **paths)
     add(g, "--seed", 0, "of weights, order and crops")
     add(g, "--save_minutes", 10.0, "save this often within an epoch too")
     add(g, "--log_every", 50, "iterations between rows of logs/losses.csv")
