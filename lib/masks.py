@@ -114,7 +114,7 @@ def translation_mask(
     gained = average(target[after] - target[before], change, WINDOW)
     typical = average(own[before] - target[before], changed + 1e-6, WINDOW // 2 + 1)
     mask = changed * ((gained > -0.5) | (typical > math.log(2)))
-    count = lambda mask: smooth(torch.bincount(before.flatten(), mask.flatten(), BINS**3))[before]
+    count = lambda m: smooth(torch.bincount(before.flatten(), m.flatten(), BINS**3))[before]
     mask = mask * (count(mask) > count(changed) / 2)
     return changed, fill(close(mask, WINDOW))
 

@@ -44,10 +44,14 @@ def paint(color: np.ndarray, *patches: tuple, size: int = 128) -> np.ndarray:
     return picture
 
 
-def nearly(picture: np.ndarray, wanted: np.ndarray) -> bool:
-    """Equal but for soft edges and the corners of squares."""
-    off = np.abs(picture.astype(int) - wanted).max(-1) > 2
-    return off.mean() < 0.003
+def difference(picture: np.ndarray, wanted: np.ndarray, box: tuple) -> int:
+    """The largest one, but for 4 pixels at the corners of a box, whose mixed colors are others'."""
+    off = np.abs(picture.astype(int) - wanted).max(-1)
+    top, bottom, left, right = (n * len(off) // 128 for n in box)
+    for y in (top, bottom - 4):
+        for x in (left, right - 4):
+            off[y : y + 4, x : x + 4] = 0
+    return off.max()
 
 
 @pytest.mark.parametrize("size", [128, 640])
@@ -60,7 +64,7 @@ def test_colors_that_the_target_lacks_are_not_kept(size):
     fake = paint(WHITE, (*fruit, RED), (*board, PURPLE), size=size)
     wanted = paint(WHITE, (*fruit, RED), (*board, BROWN), size=size)
     made = keep_colors(fake, source, density, own)
-    assert nearly(made, wanted)
+    assert difference(made, wanted, fruit) <= (2 if size > 256 else 0)  # at the edges
     assert np.array_equal(keep_colors(source, source, density, own), source)
     lucky = log_density([paint(WHITE, (0, 64, 0, 64, RED)), paint(PURPLE, (0, 64, 0, 64, RED))])
     assert np.array_equal(keep_colors(fake, source, lucky, own), fake)  # a target that has purple
@@ -77,7 +81,7 @@ def test_one_color_one_decision():
     source = paint(WHITE, (*fruit, ORANGE), (*board, BROWN))
     fake = paint(WHITE, (*fruit, RED), (*board, PURPLE), (*end, RED))
     made = keep_colors(fake, source, density, own)
-    assert nearly(made, paint(WHITE, (*fruit, RED), (*board, BROWN)))
+    assert difference(made, paint(WHITE, (*fruit, RED), (*board, BROWN)), fruit) == 0
     fake = paint(WHITE, (*fruit, RED), (*board, RED), (*end, PURPLE))  # most of it is to change
     made = keep_colors(fake, source, density, own)
     assert np.array_equal(made[100, 50], RED) and np.array_equal(made[100, 115], BROWN)

@@ -710,22 +710,6 @@ def test_init_from_files(run, rgb, tmp_path):
     assert same_weights(new.netD_B, second.netD_B)
 
 
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ("netG_A2B.pth", "has neither netG_B2A.pth nor latest_net_G_B.pth"),
-        ("netG_A2B.pth netG_B2A.pth horse2zebra.pth", "horse2zebra.pth: the name tells which"),
-        ("netG_A2B.pth lost/netG_B2A.pth", "there is no checkpoint .*lost/netG_B2A.pth"),
-    ],
-)
-def test_init_from_other_files_is_refused(tmp_path, rgb, files, words):
-    for name, net in make_model().networks().items():
-        torch.save(net.state_dict(), tmp_path / f"{name}.pth")
-    paths = " ".join(str(tmp_path / file) for file in files.split())
-    where = f"--dataroot {rgb} --workdir {tmp_path / 'run'}"
-    refused(f"{where} --n_residual_blocks 1 --init_from {paths}", words)
-
-
 @pytest.mark.parametrize("discriminators", [True, False])
 def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
     """Its D_A sees B: there, D_A is what G_A plays against."""
@@ -746,23 +730,25 @@ def test_init_from_the_reference_repo(run, rgb, tmp_path, discriminators):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("files", "options", "words"),
     [
-        ("--ngf 8", "do not fit the networks asked for"),
-        ("--norm batch", "do not fit"),
-        ("--netG unet_128 --size 128 --load_size 128", "do not fit"),
-        ("--upsample nearest", "do not fit"),
-        ("--n_residual_blocks 2", "do not fit"),
-        ("--ndf 8", "netD_A.pth do not fit"),
+        ("", "--ngf 8", "do not fit the networks asked for"),
+        ("", "--norm batch", "do not fit"),
+        ("", "--netG unet_128 --size 128 --load_size 128", "do not fit"),
+        ("", "--upsample nearest", "do not fit"),
+        ("", "--n_residual_blocks 2", "do not fit"),
+        ("", "--ndf 8", "netD_A.pth do not fit"),
+        ("netG_A2B.pth", "", "has neither netG_B2A.pth nor latest_net_G_B.pth"),
+        ("netG_A2B.pth netG_B2A.pth horse2zebra.pth", "", "horse2zebra.pth: the name tells which"),
+        ("netG_A2B.pth lost/netG_B2A.pth", "", "there is no checkpoint .*lost/netG_B2A.pth"),
     ],
 )
-def test_init_from_other_networks_is_refused(tmp_path, rgb, options, words):
+def test_init_from_other_networks_is_refused(tmp_path, rgb, files, options, words):
     for name, net in make_model().networks().items():
         torch.save(net.state_dict(), tmp_path / f"{name}.pth")
-    options = f"--n_residual_blocks 1 {options}"
-    refused(
-        f"--dataroot {rgb} --workdir {tmp_path / 'run'} --init_from {tmp_path} {options}", words
-    )
+    paths = " ".join(str(tmp_path / file) for file in files.split()) or tmp_path
+    where = f"--dataroot {rgb} --workdir {tmp_path / 'run'} --n_residual_blocks 1"
+    refused(f"{where} --init_from {paths} {options}", words)
     assert not list((tmp_path / "run" / "models").glob("*"))
 
 
