@@ -30,9 +30,10 @@ import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger
-from lib.masks import save_colors, unchanged
+from lib.masks import data_colors, save_colors, unchanged
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
+from lib.scenes import other_scenes
 from models import Discriminator, init_weights, make_generator
 from tools.demo import draw_demo
 from utils import UserError
@@ -94,7 +95,9 @@ class CycleGAN:
             net.to(device, memory_format=self.layout)
         torch.manual_seed(args.seed + rank)  # the same weights, but each rank its own dropout
         self.averages = copy.deepcopy(self.generators()) if args.ema else {}
-        self.initial = copy.deepcopy(self.generators()) if args.lambda_keep else {}
+        teaching = args.lambda_keep or args.refine_epochs
+        self.initial = copy.deepcopy(self.generators()) if teaching else {}
+        self.refining, self.colors = False, {}  # by --refine_epochs; A's and B's, of `data_colors`
         for net in (*self.averages.values(), *self.initial.values()):
             net.requires_grad_(False).eval()
         if args.compile:
@@ -191,6 +194,8 @@ class CycleGAN:
         `--lambda_keep` to the source where the generator that the run began with leaves it as it
         is: what a short run keeps a long one would change, to show what discriminators know.
         """
+        if self.refining:
+            return self.refine(name, netG, buffer, source)
         args, lambda_views = self.args, vars(self.args)[f"lambda_views_{name}"]
         score = lambda x: netD(augment(x, args.augment_D, buffer.random))
         way_back = lambda x: back(disturb(x, args.augment_cycle, buffer.random))
@@ -214,6 +219,29 @@ class CycleGAN:
         parts = {name: value.detach() for name, value in parts.items()}
         return parts, self.params_G + params_D, grads
 
+    def start_refining(self) -> None:
+        """Let the generators go on from their averages, and learn from these as they are now."""
+        for name, net in self.best_generators().items():
+            self.initial[name].load_state_dict(net.state_dict())
+            self.networks()[name].load_state_dict(net.state_dict())
+
+    def refine(self, name, netG, buffer, source) -> tuple:
+        """`direction` in --refine_epochs: the same translation in another light and place.
+
+        Discriminators ask for what 75 photographs have in common, light and grounds too; here the
+        generator learns from its own translations of them (noisy student, Xie et al. 2020).
+        """
+        own, target = (self.colors[domain] for domain in name.split("2"))
+        with torch.no_grad(), self.autocast():
+            fake = self.initial[f"netG_{name}"](source)
+        source, wanted = other_scenes(source, fake, target, own, buffer.random)
+        with self.autocast():
+            fake = netG(source)
+        loss, params = F.l1_loss(fake, wanted), list(netG.parameters())
+        parts = dict.fromkeys(("D", "adv", "cycle", "identity"), torch.zeros_like(loss))
+        parts |= {"G": loss.detach(), "change": 127.5 * F.l1_loss(fake.detach(), source)}
+        return parts, params, torch.autograd.grad(self.scaler.scale(loss), params)
+
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One iteration on a batch (real_A, real_B), or on several whose gradients are averaged.
 
@@ -231,10 +259,8 @@ class CycleGAN:
                 parts.append(one)
                 for p, grad in zip(params, grads, strict=True):
                     p.grad.add_(grad, alpha=1 / len(batches))
-        for optimizer, params in (
-            (self.optimizer_G, self.params_G),
-            (self.optimizer_D, self.params_D),
-        ):
+        trained = [(self.optimizer_G, self.params_G), (self.optimizer_D, self.params_D)]
+        for optimizer, params in trained[: 1 if self.refining else 2]:
             self.average_gradients(params)
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=False)
@@ -319,7 +345,8 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
         weights.load_initial(args.init_from, model)
     per_step = args.batch_size * args.accumulate * world_size  # samples
     n_steps = math.ceil(len(data) / per_step)  # in an epoch
-    epochs = range(progress["epoch"], args.n_epochs)
+    n_epochs = args.n_epochs + args.refine_epochs
+    epochs = range(progress["epoch"], n_epochs)
     sampler = datasets.RunSampler(
         len(data), args.batch_size, per_step, epochs, progress["sample"], rank, world_size
     )
@@ -335,15 +362,18 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
     log = Logger(args, rank, model.iteration, remaining)
     with stop, log, processes.WriterThread() as writer:
         log.print(
-            f"{len(data.A)} pictures of A, {len(data.B)} of B; {args.n_epochs} epochs of {n_steps} "
+            f"{len(data.A)} pictures of A, {len(data.B)} of B; {n_epochs} epochs of {n_steps} "
             f"iterations on {world_size} x {device.type}, {devices.precision_name(dtype)}"
             + ", compiled" * args.compile
             + ", pictures in memory" * bool(data.A.cached)
         )
         if not epochs:
-            log.print(f"all {args.n_epochs} epochs are done: a larger --n_epochs extends this run")
+            log.print(f"all {n_epochs} epochs are done: a larger --n_epochs extends this run")
+        model.colors = {"A": data_colors(data.A), "B": data_colors(data.B)}
+        if args.refine_epochs and any(colors is None for colors in model.colors.values()):
+            raise UserError("--refine_epochs needs pictures of 8 bits: add --refine_epochs 0")
         if rank == 0:
-            save_colors(args.workdir / "models", data)
+            save_colors(args.workdir / "models", model.colors)
         stopping, saved, began = 0, time.time(), time.time() - progress["seconds"]
         if not state:
             checkpoint.save(model, progress, writer)
@@ -352,6 +382,10 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
             lr, scale = schedule.at(args, done)
             for group in (*model.optimizer_G.param_groups, *model.optimizer_D.param_groups):
                 group["lr"] = lr
+            model.refining = epoch >= args.n_epochs
+            if (epoch, sample) == (args.n_epochs, 0):
+                log.print("from here on: the same translations in other light, --refine_epochs")
+                model.start_refining()
             start = time.time()
             batches = [next_batch(scale) for _ in range(args.accumulate)]
             log.waited += time.time() - start
@@ -367,7 +401,7 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
                 log.log("losses", {**row, "seconds": progress["seconds"]})
                 log.check_change(model.iteration, losses["change"])
             # an epoch shorter than --sample_every has a grid only if one is due, or as the last
-            grid = last and (n_steps >= args.sample_every or epoch + 1 == args.n_epochs)
+            grid = last and (n_steps >= args.sample_every or epoch + 1 == n_epochs)
             drawn = grid or model.iteration % args.sample_every == 0
             if drawn:
                 log.log_samples(model, "latest", *([f"epoch_{epoch + 1:03d}"] if last else []))
@@ -448,11 +482,15 @@ def prepare(args: argparse.Namespace, saved: dict | None) -> argparse.Namespace:
         )
     if args.demo and not args.dataroot.exists():
         draw_demo(args.dataroot)
-    if args.quick and args.n_epochs == 0:
+    unset = [name for name in QUICK_ITERATIONS if vars(args)[name] is None]
+    if unset:
         folders = [datasets.find_split(args.dataroot, split) for split in ("trainA", "trainB")]
         n = max(len(datasets.list_images(folder)) for folder in folders)
-        args.n_epochs = max(1, round(QUICK_ITERATIONS * args.batch_size / n))
-        args.options["n_epochs"] = args.n_epochs
+        for name in unset:
+            n_epochs = max(1, round(QUICK_ITERATIONS[name] * args.batch_size / n))
+            if name == "refine_epochs" and {args.input_nc, args.output_nc} != {3}:
+                n_epochs = 0  # it is for RGB pictures
+            vars(args)[name] = args.options[name] = n_epochs
     if args.decay_epoch is None:
         args.decay_epoch = int(args.n_epochs * max(0.5, args.half_size))
     check_options(args)

@@ -146,8 +146,9 @@ class Logger(contextlib.AbstractContextManager):
         speed = (self.bar.n - self.first) * per_step / seconds
         rate = (self.bar.n - self.bar.initial) / self.bar.format_dict["elapsed"]
         eta = datetime.timedelta(seconds=round((self.bar.total - self.bar.n) / rate))
+        n_epochs = self.args.n_epochs + self.args.refine_epochs
         self.print(
-            f"[Epoch {epoch}/{self.args.n_epochs}] [Batch {n_steps}/{n_steps}] "
+            f"[Epoch {epoch}/{n_epochs}] [Batch {n_steps}/{n_steps}] "
             f"[D loss: {losses['D']:.6f}] [G loss: {losses['G']:.6f}, adv: {losses['adv']:.6f}, "
             f"cycle: {losses['cycle']:.6f}, identity: {losses['identity']:.6f}] "
             f"[lr: {lr:.6f}] ETA: {eta}\n  {seconds:.1f} s, {speed:.2f} pictures of "

@@ -72,19 +72,25 @@ def sample(n: int) -> range:
     return range(0, n, math.ceil(n / 200))
 
 
-def save_colors(folder: Path, data: datasets.UnpairedImages) -> None:
-    """Write the `log_density` of A and of B, of a `sample`, to `colors_A.pth` and `colors_B.pth`.
+def data_colors(domain: datasets.Domain) -> torch.Tensor | None:
+    """The `log_density` of a `sample` of pictures; None if they are not RGB of 8 bits."""
+    if domain.first.dtype != torch.uint8 or len(domain.first) != 3:
+        return None
+    pictures = (domain[i].permute(1, 2, 0).numpy() for i in sample(len(domain)))
+    return log_density(datasets.resize(picture, (128, 128)) for picture in pictures)
 
-    Only of RGB pictures of 8 bits; otherwise old files are deleted.
+
+def save_colors(folder: Path, colors: dict[str, torch.Tensor | None]) -> None:
+    """Write the `data_colors` of A and of B to `colors_A.pth` and `colors_B.pth`.
+
+    Where they are None, an old file is deleted.
     """
-    for name, domain in (("A", data.A), ("B", data.B)):
+    for name, density in colors.items():
         path = folder / f"colors_{name}.pth"
-        if domain.first.dtype != torch.uint8 or len(domain.first) != 3:
+        if density is None:
             path.unlink(missing_ok=True)
-            continue
-        pictures = (domain[i].permute(1, 2, 0).numpy() for i in sample(len(domain)))
-        density = log_density(datasets.resize(picture, (128, 128)) for picture in pictures)
-        save_tensors(path, {"log_density": density})
+        else:
+            save_tensors(path, {"log_density": density})
 
 
 def load_colors(path: Path) -> torch.Tensor:
@@ -119,21 +125,28 @@ def translation_mask(
     return changed, fill(close(mask, WINDOW))
 
 
+def rare_changes(
+    source: torch.Tensor, fake: torch.Tensor, target: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """How much of the source is to stay (1, 1, H, W), from 0 to 1: soft at the edges."""
+    changed, mask = translation_mask(source, fake, target, own)
+    rare = F.max_pool2d(changed * (1 - mask), 9, 1, 4) * (1 - mask)  # 4 wider, for soft edges
+    for _ in range(2):
+        rare = F.avg_pool2d(rare, 5, 1, 2, count_include_pad=False)
+    return rare
+
+
 def keep_colors(
     fake: np.ndarray, source: np.ndarray, target: torch.Tensor, own: torch.Tensor
 ) -> np.ndarray:
     """A translation (H, W, 3), but the source where colors change that are not to change.
 
     `target` and `own` are the `log_density` of pictures of the target and of the source's kind.
-    Source and fake are of one size and type; the edges between them are soft.
+    Source and fake are of one size and type.
     """
     x, y = (datasets.to_tensor(picture)[None] for picture in (source, fake))  # (1, 3, H, W)
     scale = SIDE / max(x.shape[2:])
     size = [max(1, round(side * scale)) for side in x.shape[2:]]
     small = [F.interpolate(z, size, mode="bicubic", antialias=True).clamp(-1, 1) for z in (x, y)]
-    changed, mask = translation_mask(*small, target, own)  # (1, 1, h, w)
-    rare = F.max_pool2d(changed * (1 - mask), 9, 1, 4) * (1 - mask)  # 4 wider, for soft edges
-    for _ in range(2):
-        rare = F.avg_pool2d(rare, 5, 1, 2, count_include_pad=False)
-    rare = F.interpolate(rare, x.shape[2:], mode="bilinear")
+    rare = F.interpolate(rare_changes(*small, target, own), x.shape[2:], mode="bilinear")
     return datasets.to_array((y + rare * (x - y))[0], fake.dtype)

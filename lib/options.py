@@ -14,8 +14,8 @@ KEEP_SOURCE = {"lambda_cyc": 3.0, "lambda_id": 0.0}
 QUICK = {"size": 128, "load_size": 172, "ngf": 32, "ndf": 32, "n_residual_blocks": 6}
 QUICK |= {"upsample": "nearest", "norm": "channel", "keep_source": True, **KEEP_SOURCE}
 QUICK |= {"netD": "n_layers", "n_layers_D": 2}  # 34x34 of 128x128: the paper's 70x70 of 256x256
-QUICK |= {"n_epochs": 0, "half_size": 0.8}
-QUICK_ITERATIONS = 1350  # what n_epochs 0 stands for
+QUICK |= {"n_epochs": None, "refine_epochs": None, "half_size": 0.8}
+QUICK_ITERATIONS = {"n_epochs": 1350, "refine_epochs": 600}  # what None stands for
 
 # small enough for two CPU cores with bf16 and six minutes
 DEMO = {"size": 64, "load_size": 72, "ngf": 32, "ndf": 32, "n_residual_blocks": 1}
@@ -28,6 +28,7 @@ DEMO |= {"id_every": 8, "sample_every": 300}
 CLASSIC = {"batch_size": 1, "lr": 2e-4, "beta2": 0.999, "half_size": 0.0, "ema": 0.0}
 CLASSIC |= {"lambda_cyc": 10.0, "detach_cycle": False, "lambda_id": 5.0, "id_every": 1}
 CLASSIC |= {"keep_source": False, "upsample": "deconv", "norm": "instance", "netD": "basic"}
+CLASSIC |= {"refine_epochs": 0}
 
 # what a resume cannot change: the saved weights would not fit, or would mean something else
 FIXED = "netG n_residual_blocks ngf upsample norm dropout netD n_layers_D ndf input_nc output_nc "
@@ -38,6 +39,7 @@ RANGES = {  # low <= value < high
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
     "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
     "lambda_id lambda_keep lambda_views_A2B lambda_views_B2A init_gain": (0, math.inf),
+    "refine_epochs": (0, math.inf),
     "augment_D augment_cycle ema beta1 beta2 half_size": (0, 1),
 }
 
@@ -61,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="python train.py --dataroot FOLDER [options]",
         description="Train CycleGAN on two folders of unpaired pictures.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=31, width=110),
     )
     g = parser.add_argument_group("run")
     add(g, "--dataroot", Path("dataset/apple2orange"), "folder with trainA, trainB, testA, testB")
@@ -85,7 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(g, "--no_tensorboard", False, "write no TensorBoard files")
 
     g = parser.add_argument_group("schedule")
-    add(g, "--n_epochs", 200, "epochs in all")
+    add(g, "--n_epochs", 200, "epochs of training")
+    add(g, "--refine_epochs", 0, "epochs more: the same translations in other light; for photos")
     add(g, "--decay_epoch", None, "lr falls from here on; step: every so many (half)", type=int)
     add(g, "--lr_policy", "linear", "how the learning rate falls", "linear step cosine constant")
     add(g, "--lr", 2e-4, "learning rate of Adam")
@@ -221,6 +224,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--keep_source needs a ResNet generator and equal --input_nc, --output_nc")
     if args.lambda_keep > 0 and channels[0] != channels[1]:
         raise UserError("--lambda_keep needs equal --input_nc and --output_nc")
+    if args.refine_epochs > 0 and channels != (3, 3):
+        raise UserError("--refine_epochs needs RGB pictures: --input_nc 3 --output_nc 3")
     if args.norm == "mixed" and multiple > 4:
         raise UserError("--norm mixed needs a ResNet generator")
     if args.lambda_id > 0 and channels[0] != channels[1]:

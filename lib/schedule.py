@@ -7,6 +7,9 @@ WARM_UP = 15  # after --half_size the learning rate rises from 0 in 1/15 of the 
 
 def at(args, done: float) -> tuple[float, int]:
     """The learning rate, and what the size of the pictures is divided by, after `done` epochs."""
+    if done >= args.n_epochs:  # of --refine_epochs
+        done = (done - args.n_epochs) / args.refine_epochs
+        return args.lr * lr_factor("linear", done, 1, 0.5), 1
     lr = args.lr * lr_factor(args.lr_policy, done, args.n_epochs, args.decay_epoch)
     full = done / args.n_epochs - args.half_size  # share of the run so far at full size
     if full < 0:
@@ -16,7 +19,7 @@ def at(args, done: float) -> tuple[float, int]:
     return lr, 1
 
 
-def lr_factor(policy: str, epoch: float, n_epochs: int, decay_epoch: int) -> float:
+def lr_factor(policy: str, epoch: float, n_epochs: float, decay_epoch: float) -> float:
     """What the learning rate is multiplied with after `epoch` epochs, a fraction within one.
 
     linear is the paper's (section 4): constant until `decay_epoch`, then straight towards 0.

@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 import datasets
-from lib.masks import fill, keep_colors, load_colors, log_density, save_colors, unchanged
+from lib.masks import (
+    data_colors,
+    fill,
+    keep_colors,
+    load_colors,
+    log_density,
+    save_colors,
+    unchanged,
+)
 from utils import UserError
 
 
@@ -136,7 +144,7 @@ def test_colors_of_a_training_set(tmp_path):
     make = lambda channels: datasets.Domain(tmp_path, "trainA", channels, options, tmp_path / "log")
     data = datasets.UnpairedImages(make(3), make(1), 32)
     (tmp_path / "colors_B.pth").write_bytes(b"old")
-    save_colors(tmp_path, data)
+    save_colors(tmp_path, {"A": data_colors(data.A), "B": data_colors(data.B)})
     wanted = log_density(paint(color) for color in (RED, WHITE, BROWN, RED))
     assert torch.equal(load_colors(tmp_path / "colors_A.pth"), wanted)
     assert not (tmp_path / "colors_B.pth").exists()

@@ -26,6 +26,7 @@ from train import CycleGAN, gan_loss
 from utils import UserError
 
 CPU = torch.device("cpu")
+GRAY = "--input_nc 1 --output_nc 1"
 
 
 def tiny(*options: str):
@@ -577,6 +578,9 @@ def test_epochs_that_follow_from_other_options(dataroot, tmp_path):
     prepare = lambda more: train.prepare(train.parse_args([*words, *more.split()]), None)
     quick = prepare("--quick --batch_size 2")  # 1350 iterations, of five pictures
     assert (quick.n_epochs, quick.options["n_epochs"], quick.decay_epoch) == (540, 540, 432)
+    refine = [prepare(f"--quick --n_epochs 9 {more}").refine_epochs for more in ("", GRAY)]
+    assert refine == [options.QUICK_ITERATIONS["refine_epochs"] // 5, 0]
+    assert prepare("--quick --classic").refine_epochs == prepare("--n_epochs 9").refine_epochs == 0
     assert prepare("--n_epochs 10 --half_size 0.7").decay_epoch == 7
 
 
@@ -742,6 +746,8 @@ def test_how_many_are_set_aside(tmp_path):
         ("--lambda_keep -1", "--lambda_keep is -1"),
         ("--lambda_keep 1", "--lambda_keep keeps what trained generators keep: add --init_from"),
         ("--lambda_keep 1 --init_from x --output_nc 1", "--lambda_keep needs equal --input_nc"),
+        (f"--refine_epochs 1 {GRAY}", "--refine_epochs needs RGB pictures: --input_nc 3"),
+        ("--refine_epochs -1", "--refine_epochs is -1, but must be at least 0"),
         ("--lambda_views_B2A 1 --ema 0", "--lambda_views_B2A need an average: --ema 0.998"),
         ("--keep_source --output_nc 1", "equal --input_nc, --output_nc"),
         ("--half_size 0.5 --preprocess none", "--half_size 0"),

@@ -236,6 +236,43 @@ def test_what_the_first_generators_keep(way, dataroot, tmp_path, stop_at):
     assert differences(*outcomes) == []
 
 
+@pytest.mark.parametrize("more", ["", "--ema 0"])
+def test_refinement(more, dataroot, tmp_path, stop_at):
+    """Stopped before and within `--refine_epochs`, or added to a run that is over: the same bytes.
+
+    Discriminators stay as they are; what the generators learn from is what training ended with.
+    """
+    options, outcomes = f"--n_epochs 2 --save_minutes 0 {more}", []
+    assert run(dataroot, tmp_path / "before", options) == 0
+    before = read_state(tmp_path / "before")
+    for name, stops in (("whole", []), ("stopped", [8, 10, 13])):
+        workdir = tmp_path / name
+        start = lambda workdir=workdir: run(dataroot, workdir, options + " --refine_epochs 2")
+        for stop in stops:
+            stop_at(stop)
+            assert start() == 143
+            start = lambda workdir=workdir: resume(workdir)
+        assert start() == 0
+        outcomes.append(outcome(workdir))
+    copy_run(tmp_path / "before", tmp_path / "longer")
+    assert resume(tmp_path / "longer", "--refine_epochs 2") == 0
+    assert differences(*outcomes) == []
+    after = read_state(tmp_path / "whole")
+    longer = read_state(tmp_path / "longer")
+    assert after["iteration"] == longer["iteration"] == 20
+    last = "netG_A2B" if more else "netG_A2B_ema"
+    for key, value in before[last].items():
+        assert torch.equal(after["netG_A2B_initial"][key], value), key
+        assert torch.equal(after["netG_A2B"][key], longer["netG_A2B"][key]), key
+        if value.dim() > 1:
+            assert not torch.equal(after["netG_A2B"][key], value), key
+    for key, value in before["netD_A"].items():
+        assert torch.equal(after["netD_A"][key], value), key
+    log = read_csv(tmp_path / "whole" / "logs" / "losses.csv")
+    assert [D > 0 for D in log["D"]] == 10 * [True] + 10 * [False]
+    assert log["lr"][10] == log["lr"][15] == 2e-4 > log["lr"][-1] > 0
+
+
 def test_other_batch_size(dataroot, tmp_path, stop_at):
     """Three of an epoch's five samples were seen, one at a time; two are left for one batch."""
     stop_at(3)
