@@ -73,7 +73,7 @@ class Scenes:
     def light(self) -> torch.Tensor:
         """A smooth factor of brightness: (1, 1, H, W) in [0.35, 1.5]."""
         field = sum(self.rng.random() * self.enlarge(self.normal(1, n, n)) for n in (2, 3, 5))
-        return (0.45 * field + self.rng.gauss(-0.05, 0.25)).exp().clamp(0.35, 1.5)
+        return (0.5 * (field - field.mean())).exp().clamp(0.35, 1.5)
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def other_scenes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures and their translations (N, 3, H, W) in [-1, 1], both in another light and place.
 
-    What the translation leaves as it is becomes another background for most, the light changes for
-    most; colors that are not to change (`lib.masks.translation_mask`) are the source's in both.
+    What the translation leaves as it is becomes another background for six of ten, light changes
+    for half; colors that are not to change (`lib.masks.translation_mask`) are the source's in both.
     """
     device, pairs = source.device, []
     colors = background_colors(target, own)
