@@ -228,8 +228,8 @@ class CycleGAN:
     def refine(self, name, netG, buffer, source) -> tuple:
         """`direction` in --refine_epochs: the same translation in another light and place.
 
-        Discriminators ask for what 75 photographs have in common, light and grounds too; here the
-        generator learns from its own translations of them (noisy student, Xie et al. 2020).
+        A small set shows few lights and backgrounds; here the generator learns from translations
+        of its own what it makes of them elsewhere (noisy student, Xie et al. 2020).
         """
         own, target = (self.colors[domain] for domain in name.split("2"))
         with torch.no_grad(), self.autocast():

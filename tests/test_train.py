@@ -20,6 +20,7 @@ from lib import masks, metrics, options, translation, validation
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
+from lib.scenes import other_scenes
 from lib.schedule import lr_factor
 from tools.bench import Plain
 from train import CycleGAN, gan_loss
@@ -439,6 +440,36 @@ def test_mean_of_views():
     found = {mean_of_views(places, x, random.Random(seed))[0, 0, 0, 0].item() for seed in range(20)}
     assert len(found) == 3  # of views two by two mirrored: both, one or none
     assert not mean_of_views(torch.nn.Conv2d(3, 3, 1), x, random.Random(0)).requires_grad
+
+
+def test_refinement_is_L1_to_what_the_averages_made():
+    """In --refine_epochs; D learns nothing, and the other direction's generator nothing from it."""
+    A, B = pictures()
+    model = CycleGAN(tiny("--refine_epochs", "1"), CPU)
+    colors = {name: masks.log_density([np.full((8, 8, 3), i)]) for name, i in (("A", 9), ("B", 99))}
+    model.refining, model.colors = True, colors
+    for net in model.averages.values():
+        for p in net.parameters():
+            p.mul_(1.5)
+    model.start_refining()
+    rng = random.Random()
+    rng.setstate(model.buffer_B.random.getstate())
+    with torch.no_grad():
+        fake = model.averages["netG_A2B"](A)
+    source, wanted = other_scenes(A, fake, colors["B"], colors["A"], rng)
+    loss = F.l1_loss(model.netG_A2B(source), wanted)
+    assert loss > 0.01
+    gradient = torch.autograd.grad(loss, model.netG_A2B.parameters())
+    before = [p.clone() for p in model.params_D]
+    directions = []
+    model.map = lambda *of: directions.extend(map(*of)) or directions
+    losses = model.step([(A, B)])
+    parts, params, grads = directions[0]
+    assert list(map(id, params)) == list(map(id, model.netG_A2B.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, gradient, strict=True))
+    assert parts["G"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert losses["D"] == losses["cycle"] == losses["identity"] == 0 < losses["change"]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.params_D, strict=True))
 
 
 @pytest.mark.parametrize("option", ["lambda_views_A2B", "lambda_keep"])
