@@ -259,8 +259,10 @@ class CycleGAN:
                 parts.append(one)
                 for p, grad in zip(params, grads, strict=True):
                     p.grad.add_(grad, alpha=1 / len(batches))
-        trained = [(self.optimizer_G, self.params_G), (self.optimizer_D, self.params_D)]
-        for optimizer, params in trained[: 1 if self.refining else 2]:
+        trained = [(self.optimizer_G, self.params_G)]
+        if not self.refining:
+            trained.append((self.optimizer_D, self.params_D))
+        for optimizer, params in trained:
             self.average_gradients(params)
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=False)
@@ -369,7 +371,8 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
         )
         if not epochs:
             log.print(f"all {n_epochs} epochs are done: a larger --n_epochs extends this run")
-        model.colors = {"A": data_colors(data.A), "B": data_colors(data.B)}
+        if rank == 0 or args.refine_epochs:
+            model.colors = {"A": data_colors(data.A), "B": data_colors(data.B)}
         if args.refine_epochs and any(colors is None for colors in model.colors.values()):
             raise UserError("--refine_epochs needs pictures of 8 bits: add --refine_epochs 0")
         if rank == 0:

@@ -37,9 +37,9 @@ FIXED += "direction keep_source range_A range_B axis"
 RANGES = {  # low <= value < high
     "n_epochs batch_size accumulate size load_size ngf ndf n_residual_blocks n_layers_D input_nc "
     "output_nc log_every sample_every id_every n_val": (1, math.inf),
-    "workers pool_size eval_every decay_epoch seed save_minutes lr lambda_cyc lambda_A lambda_B "
-    "lambda_id lambda_keep lambda_views_A2B lambda_views_B2A init_gain": (0, math.inf),
-    "refine_epochs": (0, math.inf),
+    "workers pool_size eval_every refine_epochs decay_epoch seed save_minutes lr lambda_cyc "
+    "lambda_A lambda_B lambda_id lambda_keep lambda_views_A2B lambda_views_B2A "
+    "init_gain": (0, math.inf),
     "augment_D augment_cycle ema beta1 beta2 half_size": (0, 1),
 }
 

@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from painted import BROWN, ORANGE, PURPLE, RED, WHITE, paint
 from PIL import Image
 
 import datasets
@@ -35,21 +36,6 @@ def test_unchanged():
     wanted[:, :, 15:20, 25:30] = 1
     assert torch.equal(unchanged(fake, source), wanted)
     assert torch.equal(unchanged(source + 1, source), torch.zeros(1, 1, 48, 64))
-
-
-RED, ORANGE, BROWN, PURPLE, WHITE = (
-    np.array(color, np.uint8)
-    for color in ((200, 20, 30), (250, 150, 20), (190, 150, 100), (180, 90, 190), (255, 255, 255))
-)
-
-
-def paint(color: np.ndarray, *patches: tuple, size: int = 128) -> np.ndarray:
-    """A picture of one color, with patches (top, bottom, left, right, color) in 128ths of it."""
-    picture = np.tile(color, (size, size, 1))
-    for *box, patch in patches:
-        top, bottom, left, right = (n * size // 128 for n in box)
-        picture[top:bottom, left:right] = patch
-    return picture
 
 
 def difference(picture: np.ndarray, wanted: np.ndarray, box: tuple) -> int:

@@ -472,6 +472,16 @@ def test_refinement_is_L1_to_what_the_averages_made():
     assert all(torch.equal(a, b) for a, b in zip(before, model.params_D, strict=True))
 
 
+def test_refinement_needs_colors(tmp_path):
+    """Those of 8 bits: light and backgrounds are not made for measured values."""
+    for letter in "AB":
+        (tmp_path / f"train{letter}").mkdir()
+        np.save(tmp_path / f"train{letter}" / "0.npy", np.zeros((30, 30, 3), np.float32))
+    options = "--refine_epochs 1 --range_A 0 1 --range_B 0 1"
+    with pytest.raises(UserError, match="needs pictures of 8 bits: add --refine_epochs 0"):
+        tiny_runs.run(tmp_path, tmp_path, options)
+
+
 @pytest.mark.parametrize("option", ["lambda_views_A2B", "lambda_keep"])
 def test_what_a_generator_is_held_to(option):
     """Its gradient has that of L1 to what the average makes, or to the source where it was kept."""

@@ -99,7 +99,8 @@ def wait_for_others(launcher: subprocess.Popen, old: set[int]) -> None:
 
 
 # every rank has a buffer, dropout, and losses that are summed between two rows
-OPTIONS = "--dropout --pool_size 3 --log_every 2 --save_minutes 0.001 --n_epochs 5"
+OPTIONS = "--dropout --pool_size 3 --log_every 2 --save_minutes 0.001 --n_epochs 5 "
+OPTIONS += "--refine_epochs 1"
 
 
 @pytest.fixture(scope="module")

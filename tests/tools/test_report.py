@@ -66,7 +66,8 @@ def write(path: Path, text: str) -> None:
 
 
 def make_run(folder: Path) -> Path:
-    options = {"dataroot": "/pictures/fruit", "size": 64, "netG": "resnet_9blocks", "n_epochs": 9}
+    options = {"dataroot": "/pictures/fruit", "size": 64, "netG": "resnet_9blocks", "n_epochs": 7}
+    options["refine_epochs"] = 2
     options |= {"n_residual_blocks": 4}
     write(folder / "models/options.json", json.dumps({**options, "workers": 0, "no_flip": False}))
     log = "epoch,iteration,D,G,seconds\n1,50,0.5,4,10\n3,150,0.25,3,7500.5\n4,2"
