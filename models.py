@@ -15,7 +15,8 @@ from torch import nn
 class ChannelNorm(nn.LayerNorm):
     """Normalizes over the channels of each pixel (HiFiC, Mentzer et al. 2020).
 
-    So a picture's own colors are not lost, and no pixel depends on far ones.
+    So a picture's own colors are not lost, and no pixel depends on far ones. Contrast is, if all
+    that comes before is linear: the first convolution of a generator has a bias (`init_weights`).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,9 @@ def init_weights(net: nn.Module, init_type: str = "normal", init_gain: float = 0
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.weight, 1.0, init_gain)
             nn.init.zeros_(layer.bias)
+    if isinstance(net, Generator) and isinstance(net.model[2], ChannelNorm):
+        # without it dull colors are bright ones to the network: wood is an orange
+        nn.init.normal_(net.model[1].bias, 0.0, 0.5)
     return net
 
 
@@ -142,7 +146,8 @@ class Generator(nn.Module):
             return [layer, norm_layer(norm, layer.out_channels), nn.ReLU()]
 
         c = ngf
-        layers = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(input_nc, c, 7, bias=bias), norm)]
+        first = nn.Conv2d(input_nc, c, 7, bias=bias or norm == "channel")
+        layers = [nn.ReflectionPad2d(3), *normed(first, norm)]
         for _ in range(2):
             layers += normed(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1, bias=bias), norm)
             c *= 2

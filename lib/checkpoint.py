@@ -156,6 +156,8 @@ def restore(model, state: dict) -> None:
     A rank whose own part is lost keeps its new, empty image buffers.
     """
     try:
+        if "model.1.bias" in model.netG_A2B.state_dict().keys() - state["netG_A2B"].keys():
+            state = add_first_bias(state)
         for name, part in model.parts().items():
             net = name.removesuffix("_ema").removesuffix("_initial")
             others = () if name == net else (f"{net}_ema", net)  # --ema, --lambda_keep may be new
@@ -178,8 +180,27 @@ def restore(model, state: dict) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             "cannot resume: the saved state does not fit its own options, so it is damaged or "
-            f"from another version ({str(error).splitlines()[-1].strip()})"
+            f"from another version ({str(error).splitlines()[-1].strip()}); --init_from starts a "
+            "new run from its networks"
         ) from error
+
+
+def add_first_bias(state: dict) -> dict:
+    """The state of a run with a bias in the generators' first convolution, of zeros.
+
+    With `--norm channel` runs had none until 2026-12-02.
+    """
+    nets = {name: part for name, part in state.items() if name.startswith("netG")}
+    zeros = torch.zeros(len(state["netG_A2B"]["model.1.weight"]))
+    optimizer = state["optimizer_G"]
+    moments = [optimizer["state"][i] for i in sorted(optimizer["state"])]
+    for i in (len(moments) // 2, 0) if moments else ():  # after the first weight of each
+        moments.insert(i + 1, {"step": moments[i]["step"], "exp_avg": zeros, "exp_avg_sq": zeros})
+    (group,) = optimizer["param_groups"]
+    group = group | {"params": list(range(len(group["params"]) + 2))}
+    optimizer = {"state": dict(enumerate(moments)), "param_groups": [group]}
+    nets = {name: {**net, "model.1.bias": zeros} for name, net in nets.items()}
+    return {**state, **nets, "optimizer_G": optimizer}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

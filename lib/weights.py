@@ -41,12 +41,14 @@ def generator_from_state(content: dict) -> nn.Module:
     the names of the first weights that do not fit.
     """
     state = clean_state(content)
-    biased = "model.1.bias" in state or "model.model.0.bias" in state
+    biased = "model.4.bias" in state or "model.model.0.bias" in state
     affine = any(name.endswith(".weight") and value.dim() == 1 for name, value in state.items())
     counted = any(name.endswith("running_mean") for name in state)
     norm = "batch" if counted else "channel" if affine else "none"
     if biased:
         norm = "mixed" if affine else "instance"
+    if norm == "channel" and "model.1.weight" in state:  # until 2026-12-02 it had no bias there
+        state.setdefault("model.1.bias", torch.zeros(len(state["model.1.weight"])))
     if norm == "instance":  # before PyTorch 0.4 it kept running statistics, which were never used
         unused = ("running_mean", "running_var", "num_batches_tracked")
         state = {name: value for name, value in state.items() if not name.endswith(unused)}

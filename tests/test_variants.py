@@ -266,6 +266,18 @@ def test_channel_norm_sees_no_far_pixels():
         assert difference[80:].min() > 1e-2 and (difference[:40].max() > 1e-3) == far
 
 
+def test_channel_norm_leaves_contrast():
+    """Orange and dull orange, wood's color, are not the same to the layers that follow."""
+    orange = torch.tensor([1.0, 0.1, -0.9])[:, None, None].expand(1, 3, 16, 16)
+    for norm, least, most in (("channel", 0.1, 9), ("instance", 0, 1e-5)):
+        torch.manual_seed(0)
+        net = models.Generator(ngf=8, n_residual_blocks=1, norm=norm)
+        models.init_weights(net, "kaiming")
+        with torch.no_grad():
+            difference = (net.model[:3](orange) - net.model[:3](orange / 2)).abs().mean()
+        assert least <= difference < most
+
+
 def test_generator_options_reach_the_generators():
     for name in ("netG_A2B", "netG_B2A"):
         nearest = make_model("--upsample nearest").networks()[name].modules()
@@ -646,7 +658,7 @@ def test_bias_only_where_published(norm):
     """Before a norm of its own bias, none; the reference repo keeps it with instance norm alone."""
     kept = norm == "instance"
     resnet = models.Generator(ngf=4, n_residual_blocks=1, norm=norm)
-    assert (resnet.model[1].bias is not None) == kept
+    assert (resnet.model[1].bias is not None) == (kept or norm == "channel")
     assert (resnet.model[10].conv_block[1].bias is not None) == kept
     assert resnet.model[-2].bias is not None
     for netD in ("basic", "n_layers", "strided"):

@@ -187,6 +187,7 @@ def test_reference_resnet(tmp_path, blocks, norm, dropout):
 
 @pytest.mark.parametrize("make", [resnet, lambda norm: unet(7, norm)])
 def test_channel_norm(tmp_path, make):
+    """With it the first convolution of a ResNet had no bias until 2026-12-02."""
     net = filled(make(norm="channel"))
     check(tmp_path, net, net.state_dict(), size=(128, 128))
 

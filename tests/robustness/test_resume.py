@@ -236,6 +236,35 @@ def test_what_the_first_generators_keep(way, dataroot, tmp_path, stop_at):
     assert differences(*outcomes) == []
 
 
+def test_a_run_without_a_bias_in_the_first_convolution(dataroot, tmp_path):
+    """Of a version before 2026-12-02, with channel norm: it goes on, with a bias of zeros."""
+    run(dataroot, tmp_path, "--norm channel --n_epochs 1")
+    state = read_state(tmp_path)
+    args = train.parse_args(["--workdir", str(tmp_path), "--resume"], state["args"])
+    names = [
+        name for name, _ in train.CycleGAN(args, torch.device("cpu")).netG_A2B.named_parameters()
+    ]
+    names = [*names, *names]
+    for name in ("netG_A2B", "netG_B2A", "netG_A2B_ema", "netG_B2A_ema"):
+        del state[name]["model.1.bias"]
+    old = state["optimizer_G"]
+    moments = [old["state"][i] for i, name in enumerate(names) if name != "model.1.bias"]
+    old["state"] = dict(enumerate(moments))
+    old["param_groups"][0]["params"] = list(range(len(moments)))
+    utils.save_tensors(tmp_path / "models" / "train_state.pth", state)
+    model = train.CycleGAN(args, torch.device("cpu"))
+    checkpoint.restore(model, read_state(tmp_path))
+    for net in (*model.generators().values(), *model.averages.values()):
+        assert not net.model[1].bias.any()
+    own = [model.optimizer_G.state[p] for p in model.params_G]
+    assert len(own) == len(names) == len(moments) + 2
+    kept = [one for one, name in zip(own, names, strict=True) if name != "model.1.bias"]
+    for one, other in zip(kept, moments, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in other)
+    assert resume(tmp_path, "--n_epochs 2") == 0
+    assert read_state(tmp_path)["netG_B2A"]["model.1.bias"].any()
+
+
 @pytest.mark.parametrize("more", ["", "--ema 0"])
 def test_refinement(more, dataroot, tmp_path, stop_at):
     """Stopped before and within `--refine_epochs`, or added to a run that is over: the same bytes.
