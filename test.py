@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import datasets
 import utils
-from lib import devices, formats, masks, metrics, outputs, processes, stacks, tiling
+from lib import devices, formats, metrics, outputs, processes, stacks, tiling
 from lib import translation as tr
 from lib.weights import load_generator
 from utils import UserError
@@ -45,34 +44,12 @@ def find_sources(
     return args.input, [(args.input / name, None) for name in names]
 
 
-def read_colors(args, domain: str, options: dict) -> torch.Tensor:
-    """Return the `masks.log_density` of a domain, A or B.
-
-    It is beside the generators, or made of the training pictures in `--dataroot`.
-
-    Raises:
-        UserError: neither is there.
-    """
-    saved = args.models / f"colors_{domain}.pth"
-    if saved.exists() and not args.weights:  # those may be of another run
-        return masks.load_colors(saved)
-    folder = tr.find_split(tr.find_root(args.dataroot, options), "train", domain, options)
-    names = datasets.list_images(folder)
-    paths = [folder / names[i] for i in masks.sample(len(names))]
-    small = np.empty((128, 128, 3))  # the size they are read in
-    pictures = [picture for path in paths if (picture := tr.load_truth(path, small)) is not None]
-    if not pictures:
-        raise UserError(f"--keep_colors needs training pictures, but none in {folder} can be read")
-    return masks.log_density(pictures)
-
-
 def translate_pictures(
-    args, rows: list, compared: list, bar: str | None, net, back, colors, options: dict, how: dict
+    args, rows: list, compared: list, bar: str | None, net, back, options: dict, how: dict
 ) -> tuple[dict[outputs.Translation, str], np.ndarray]:
     """Write the translations of plain pictures, and comparisons of those that are in `compared`.
 
-    `back` is the generator of the other direction, or None; `colors` are the `masks.log_density` of
-    the target and of the source's kind, or empty; `options` are the run's; for `how` see
+    `back` is the generator of the other direction, or None; `options` are the run's; for `how` see
     `tr.translate_batch`. Returns why some sources could not be read, and the sums of
     `metrics.error_sums` over the others, of fakes and sources: (2, 2, 2).
     """
@@ -86,8 +63,6 @@ def translate_pictures(
             if fake is None:
                 failed[row] = source
                 continue
-            if colors:
-                fake = masks.keep_colors(fake, source, *colors)
             while len(saving) > 4 * tr.WORKERS:
                 saving.pop(0).result()  # so that memory stays bounded, and errors are seen
             saving.append(pool.submit(formats.save_array, folder / row.output, fake))
@@ -99,8 +74,6 @@ def translate_pictures(
                 # the way back would double the hours of a large picture
                 if back is not None and not tiling.pick_tile(back, [fake], how["dtype"], args.tile):
                     (rec,) = tr.translate_batch(back, [fake], **how | {"tile": 0})
-                    if colors:
-                        rec = masks.keep_colors(rec, fake, *colors[::-1])
                     known = [] if truth is None else [truth]
                     outputs.save_comparison(folder / "cycle", row, source, fake, rec, *known)
         for future in saving:
@@ -126,16 +99,11 @@ def translate_direction(
     for parent in {(args.workdir / "outputs" / row.output).parent for row in rows}:
         utils.make_folder(parent)
     in_units = {row: any(ranges) or row.output.endswith(formats.STACKED) for row in rows}
-    colors = []
-    if args.keep_colors:
-        if not net.input_nc == net.output_nc == 3 or any(in_units.values()):
-            raise UserError("--keep_colors is for RGB pictures of 8 bits: leave it out")
-        colors = [read_colors(args, direction[i], options) for i in (-1, 0)]
     plain = processes.share([row for row in rows if not in_units[row]])
     groups = processes.share(stacks.group_rows([row for row in rows if in_units[row]]))
     shown = rows[: args.compare], direction if rank == 0 else None
     note = f"{weights.name} (CycleGAN)"
-    failed, sums = translate_pictures(args, plain, *shown, net, back, colors, options, how)
+    failed, sums = translate_pictures(args, plain, *shown, net, back, options, how)
     failed |= stacks.translate_stacks(args, groups, *shown, net, ranges, options, note, how)
     parts = [(failed, sums)] * world_size
     if world_size > 1:
@@ -171,8 +139,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--compare", type=int, default=8, help="comparison pictures in result/ (8)")
     views_help = "average over views: 2, the mirror image too; 8, quarter turns too (1)"
     group.add_argument("--views", type=int, choices=[1, 2, 8], default=1, help=views_help)
-    colors_help = "keep the source where its new colors are rarer in the target's training set"
-    group.add_argument("--keep_colors", action="store_true", help=colors_help)
     tiling.add_options(parser)
     stacks.add_options(parser)
     group = tr.add_model_options(parser)

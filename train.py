@@ -30,10 +30,9 @@ import utils
 from lib import checkpoint, devices, processes, schedule, validation, weights
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger
-from lib.masks import data_colors, save_colors, unchanged
 from lib.options import QUICK_ITERATIONS, check_options, check_saved, parse_args
 from lib.replay import ReplayBuffer
-from lib.scenes import other_scenes
+from lib.scenes import background_colors, log_density, other_scenes, unchanged
 from models import Discriminator, init_weights, make_generator
 from tools.demo import draw_demo
 from utils import UserError
@@ -97,7 +96,7 @@ class CycleGAN:
         self.averages = copy.deepcopy(self.generators()) if args.ema else {}
         teaching = args.lambda_keep or args.refine_epochs
         self.initial = copy.deepcopy(self.generators()) if teaching else {}
-        self.refining, self.colors = False, {}  # by --refine_epochs; A's and B's, of `data_colors`
+        self.refining, self.colors = False, {}  # by --refine_epochs; the `background_colors`
         for net in (*self.averages.values(), *self.initial.values()):
             net.requires_grad_(False).eval()
         if args.compile:
@@ -231,10 +230,9 @@ class CycleGAN:
         A small set shows few lights and backgrounds; here the generator learns from translations
         of its own what it makes of them elsewhere (noisy student, Xie et al. 2020).
         """
-        own, target = (self.colors[domain] for domain in name.split("2"))
         with torch.no_grad(), self.autocast():
             fake = self.initial[f"netG_{name}"](source)
-        source, wanted = other_scenes(source, fake, target, own, buffer.random)
+        source, wanted = other_scenes(source, fake, self.colors[name], buffer.random)
         with self.autocast():
             fake = netG(source)
         loss, params = F.l1_loss(fake, wanted), list(netG.parameters())
@@ -371,12 +369,9 @@ def train(args, state: dict | None, after_evaluation: Callable | None = None) ->
         )
         if not epochs:
             log.print(f"all {n_epochs} epochs are done: a larger --n_epochs extends this run")
-        if rank == 0 or args.refine_epochs:
-            model.colors = {"A": data_colors(data.A), "B": data_colors(data.B)}
-        if args.refine_epochs and any(colors is None for colors in model.colors.values()):
-            raise UserError("--refine_epochs needs pictures of 8 bits: add --refine_epochs 0")
-        if rank == 0:
-            save_colors(args.workdir / "models", model.colors)
+        if args.refine_epochs:
+            A, B = log_density(data.A), log_density(data.B)
+            model.colors = {"A2B": background_colors(B, A), "B2A": background_colors(A, B)}
         stopping, saved, began = 0, time.time(), time.time() - progress["seconds"]
         if not state:
             checkpoint.save(model, progress, writer)
@@ -469,8 +464,6 @@ def evaluate(model: CycleGAN, log: Logger, epoch: int, best: float | None) -> fl
     if model.rank == 0:
         folder = utils.make_folder(args.workdir / "models" / "best")
         checkpoint.export(folder, {k: net.state_dict() for k, net in nets.items()}, args.options)
-        for path in folder.parent.glob("colors_?.pth"):
-            utils.save_tensors(folder / path.name, utils.load_tensors(path))
     return score
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import datasets
 import train
-from lib import masks, metrics, options, translation, validation
+from lib import metrics, options, translation, validation
 from lib.augment import augment, disturb, mean_of_views
 from lib.logger import Logger, read_csv
 from lib.replay import ReplayBuffer
@@ -446,8 +446,8 @@ def test_refinement_is_L1_to_what_the_averages_made():
     """In --refine_epochs; D learns nothing, and the other direction's generator nothing from it."""
     A, B = pictures()
     model = CycleGAN(tiny("--refine_epochs", "1"), CPU)
-    colors = {name: masks.log_density([np.full((8, 8, 3), i)]) for name, i in (("A", 9), ("B", 99))}
-    model.refining, model.colors = True, colors
+    model.colors = {"A2B": torch.rand(24**3), "B2A": torch.rand(24**3)}
+    model.refining = True
     for net in model.averages.values():
         for p in net.parameters():
             p.mul_(1.5)
@@ -456,7 +456,7 @@ def test_refinement_is_L1_to_what_the_averages_made():
     rng.setstate(model.buffer_B.random.getstate())
     with torch.no_grad():
         fake = model.averages["netG_A2B"](A)
-    source, wanted = other_scenes(A, fake, colors["B"], colors["A"], rng)
+    source, wanted = other_scenes(A, fake, model.colors["A2B"], rng)
     loss = F.l1_loss(model.netG_A2B(source), wanted)
     assert loss > 0.01
     gradient = torch.autograd.grad(loss, model.netG_A2B.parameters())
@@ -478,7 +478,7 @@ def test_refinement_needs_colors(tmp_path):
         (tmp_path / f"train{letter}").mkdir()
         np.save(tmp_path / f"train{letter}" / "0.npy", np.zeros((30, 30, 3), np.float32))
     options = "--refine_epochs 1 --range_A 0 1 --range_B 0 1"
-    with pytest.raises(UserError, match="needs pictures of 8 bits: add --refine_epochs 0"):
+    with pytest.raises(UserError, match="needs RGB pictures of 8 bits: add --refine_epochs 0"):
         tiny_runs.run(tmp_path, tmp_path, options)
 
 
@@ -710,8 +710,6 @@ def test_the_best_is_kept(dataroot, tmp_path, monkeypatch):
         for other in (f"{name}.pth", f"{name}_ema.pth"):  # the last weights, the last averages
             last = torch.load(tmp_path / "models" / other, weights_only=True)
             assert not all(torch.equal(best[key], value) for key, value in last.items())
-    colors = [tmp_path / "models" / folder / "colors_A.pth" for folder in ("", "best")]
-    assert torch.equal(*map(masks.load_colors, colors))
     assert tiny_runs.read_state(tmp_path)["best"] == 1.0
     assert len(training) == 16 and all(training)  # one of five pictures is set aside
     log = read_csv(tmp_path / "logs" / "metrics.csv")

@@ -1,7 +1,6 @@
 """lib/translation.py, lib/validation.py and test.py: which picture becomes which, at which size."""
 
 import functools
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,8 @@ from PIL import Image
 
 import datasets
 import test as test_script  # or pytest would collect it
-from lib import masks, metrics, outputs, translation, validation
+from lib import metrics, outputs, translation, validation
 from lib.outputs import Translation
-from lib.weights import load_generator
 from models import Generator, init_weights, translate
 from utils import UserError
 
@@ -51,67 +49,6 @@ def draw(path: Path, seed: int, height: int, width: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------
 # test.py
-
-
-def test_keep_colors(models, tmp_path, monkeypatch):
-    """Each direction by what its target's training pictures have; one that is damaged is left."""
-    seen = {}
-    for seed, split in enumerate(("trainA", "trainB", "testA", "testB")):
-        pixels = draw(tmp_path / "set" / split / "x.png", seed, 128, 128)
-        if split.startswith("train"):
-            seen["B2A" if split == "trainA" else "A2B"] = masks.log_density([pixels])
-            (tmp_path / "set" / split / "y.png").write_bytes(b"no picture")
-    rare = lambda fake, source, target, own: fake // 2 + source // 4 + (own is not target)
-    monkeypatch.setattr(masks, "keep_colors", rare)
-    given, density = [], masks.log_density
-    note = lambda pictures: given.append(density(pictures)) or given[-1]
-    monkeypatch.setattr(masks, "log_density", note)
-    assert run_test(tmp_path, models, "--dataroot", tmp_path / "set", "--keep_colors") == 0
-    wanted = [seen[name] for name in ("A2B", "B2A", "B2A", "A2B")]  # target and source of each
-    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
-    net = load_generator(models / "netG_A2B.pth")
-    source = datasets.load_image(tmp_path / "set/testA/x.png", 3)
-    wanted = rare(plain(net, source), source, *given[:2])
-    assert np.array_equal(datasets.load_image(tmp_path / "outputs/B/x.png", 3), wanted)
-
-
-def test_keep_colors_of_the_run(models, tmp_path, monkeypatch):
-    """What training wrote beside the generators, without a data set; not for other weights."""
-    draw(tmp_path / "x.png", 0, 32, 32)
-    run = shutil.copytree(models, tmp_path / "models")
-    for domain, value in (("A", 0.0), ("B", 1.0)):
-        density = {"log_density": torch.full((24**3,), value)}
-        torch.save(density, run / f"colors_{domain}.pth")
-    used = []
-    note = lambda fake, source, *colors: used.append((source, colors[0][0].item())) or fake + 1
-    monkeypatch.setattr(masks, "keep_colors", note)
-    words = ("--input", tmp_path / "x.png", "--keep_colors")
-    for direction in ("A2B", "B2A"):
-        assert run_test(tmp_path, run, *words, "--direction", direction) == 0
-        made = datasets.load_image(tmp_path / "outputs" / direction[-1] / "x.png")
-        assert np.array_equal(used[-1][0], made)  # the way back, from what was kept
-    assert [value for _, value in used] == [1, 0, 0, 1]
-    words += ("--dataroot", tmp_path / "set", "--weights", run / "netG_A2B.pth")
-    with pytest.raises(UserError, match="there is no folder .*trainB"):
-        run_test(tmp_path, run, *words)
-    (tmp_path / "set" / "trainB").mkdir(parents=True)
-    (tmp_path / "set" / "trainB" / "y.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="none in .*trainB can be read"):
-        run_test(tmp_path, run, *words)
-
-
-def test_keep_colors_is_refused(models, tmp_path):
-    draw(tmp_path / "set/testA/x.png", 0, 32, 32)
-    words = ("--dataroot", tmp_path / "set", "--direction", "A2B", "--keep_colors")
-    (tmp_path / "set/testB").mkdir()
-    draw(tmp_path / "set/testB/x.png", 1, 32, 32)
-    with pytest.raises(UserError, match="there is no folder .*trainB"):
-        run_test(tmp_path, models, *words)
-    gray = tmp_path / "gray"
-    gray.mkdir()
-    torch.save(make_net(0, input_nc=1, output_nc=1).state_dict(), gray / "netG_A2B.pth")
-    with pytest.raises(UserError, match="--keep_colors is for RGB"):
-        run_test(tmp_path, gray, *words)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 44), (44, 40)])

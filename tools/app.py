@@ -18,7 +18,7 @@ import torch
 
 import datasets
 import utils
-from lib import devices, formats, masks, metrics
+from lib import devices, formats, metrics
 from lib import translation as tr
 from lib.outputs import read_index
 from lib.weights import load_generator
@@ -40,7 +40,7 @@ def find_checkpoints(models: Path) -> dict[str, str]:
         for label, name in CHECKPOINTS.items()
         if any((models / name.replace("*", way)).exists() for way in ("A2B", "B2A"))
     }
-    own = ("netG_A2B", "netG_B2A", "netD_", "train_state", "colors_")
+    own = ("netG_A2B", "netG_B2A", "netD_", "train_state")
     others = [path.name for path in models.glob("*.pth") if not path.name.startswith(own)]
     return pairs | {name: name for name in sorted(others)}
 
@@ -99,13 +99,7 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         with utils.explain_out_of_memory("choose a smaller picture, or start with --longest 512"):
             return tr.translate_batch(net, [picture], device, dtype)[0]
 
-    def keep_colors(fake: np.ndarray, source: np.ndarray, way: str) -> np.ndarray:
-        paths = [models / f"colors_{way[i]}.pth" for i in (-1, 0)]
-        if not all(path.exists() for path in paths):
-            return fake
-        return masks.keep_colors(fake, source, *map(masks.load_colors, paths))
-
-    def show(upload: dict | None, way: str, label: str, keep: bool, bar=progress):
+    def show(upload: dict | None, way: str, label: str, bar=progress):
         """Yield the translation as soon as it is there, then the way back too."""
         if upload is None:
             yield None, None, None, gr.DownloadButton(interactive=False), ""
@@ -119,9 +113,6 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             bar(0.5, "translating")
             fake = translate(net, source)
             same = fake.shape == source.shape  # numbers of channels may differ
-            keep = keep and same and label in CHECKPOINTS  # else the colors are not its own
-            if keep:
-                fake = keep_colors(fake, source, way)
             note += f", {time.perf_counter() - start:.1f} s on {device}"
             change = datasets.to_rgb(metrics.draw_change(fake, source)) if same else None
             cycle = back.exists() and back != weights
@@ -133,8 +124,6 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
                 yield datasets.to_rgb(fake), None, change, button, status
             if cycle:
                 rec = translate(load(back), fake)
-                if keep:
-                    rec = keep_colors(rec, fake, way[::-1])
                 yield gr.skip(), datasets.to_rgb(rec), gr.skip(), gr.skip(), note
         except datasets.UnreadableImage as error:
             message = f"{path.name} is not a picture that can be read ({error}). Try another file."
@@ -148,9 +137,6 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
             choices = [(f"{names[d[0]]} → {names[d[-1]]}", d) for d in examples]
             way = gr.Radio(choices, value="A2B", label="direction", scale=2)
             checkpoint = gr.Dropdown(labels(), label="checkpoint")
-            known = any(models.glob("colors_?.pth"))
-            text = "keep the source where its new colors are rarer in the training pictures"
-            keep = gr.Checkbox(label="keep_colors", info=text, visible=known)
         kind = {"height": HEIGHT, "interactive": False, "buttons": ["fullscreen"]}
         with gr.Row():
             with gr.Column(min_width=200):
@@ -169,13 +155,13 @@ def build_page(models: Path, longest: int, device, dtype, options: dict, example
         # raw uploads: Gradio would decode and turn them in its own way
         work = {
             "fn": show,
-            "inputs": [source, way, checkpoint, keep],
+            "inputs": [source, way, checkpoint],
             "outputs": [fake, rec, change, download, note],
             "show_progress_on": fake,
             "preprocess": False,
         }
         gr.on(
-            [source.input, way.input, checkpoint.input, keep.input],
+            [source.input, way.input, checkpoint.input],
             **work,
             trigger_mode="always_last",
         )
