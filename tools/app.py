@@ -40,7 +40,7 @@ def find_checkpoints(models: Path) -> dict[str, str]:
         for label, name in CHECKPOINTS.items()
         if any((models / name.replace("*", way)).exists() for way in ("A2B", "B2A"))
     }
-    own = ("netG_A2B", "netG_B2A", "netD_", "train_state")
+    own = ("netG_A2B", "netG_B2A", "netD_", "train_state", "colors_")  # the last: of older runs
     others = [path.name for path in models.glob("*.pth") if not path.name.startswith(own)]
     return pairs | {name: name for name in sorted(others)}
 

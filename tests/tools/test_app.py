@@ -46,7 +46,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for name in ("models", "temporary", "set/testA", "set/testB"):
         (folder / name).mkdir(parents=True)
-    for i, name in enumerate(("netG_A2B", "netG_B2A", "horse2zebra", "netD_A")):
+    for i, name in enumerate(("netG_A2B", "netG_B2A", "horse2zebra", "netD_A", "colors_A")):
         torch.manual_seed(i)
         keep_source = name.startswith("netG")
         net = Generator(ngf=8, n_residual_blocks=1, keep_source=keep_source)
